@@ -1,0 +1,1 @@
+"""Latency and memory of models, measured through ``runtime.Session``s, interleaved."""

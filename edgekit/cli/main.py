@@ -1,0 +1,135 @@
+"""The entry point: commands are loaded when they are called, errors become a message, a hint and an exit code.
+
+Exit codes: 0 done; 1 the answer is no; 2 usage or configuration; 3 operation failed; 4 trust failed; 70 our bug;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from edgekit import __version__
+from edgekit.cli.console import note, paint
+from edgekit.errors import EdgekitError
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("edgekit.cli.demo", "See the whole way once: optimize, publish, three agents, dashboard."),
+    "optimize": ("edgekit.cli.optimize", "Find the fastest form of a model that meets a budget on a target."),
+    "benchmark": ("edgekit.cli.benchmark", "Time models against each other, interleaved, with the noise stated."),
+    "predict": ("edgekit.cli.predict", "Run a model file or a bundle on data."),
+    "target": ("edgekit.cli.target", "Target profiles: list, show, check, probe this machine."),
+    "bundle": ("edgekit.cli.bundle", "Pack, verify and inspect signed bundles."),
+    "repo": ("edgekit.cli.repo", "The update repository: init, publish, status, serve."),
+    "agent": ("edgekit.cli.agent", "The on-device agent: run it, ask it."),
+    "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices."),
+    "doctor": ("edgekit.cli.doctor", "Check this machine: packages, runtimes, ports, permissions."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are imported when they are asked for, so that ``--help`` stays fast."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the base class's signature
+        """The commands' names, in the order of the way."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Load one command; for the group's own ``--help`` only its one-line summary is made."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, summary = COMMANDS[cmd_name]
+        if ctx.meta.get("edgekit.summaries"):
+            stub = typer.Typer(help=summary, add_completion=False)
+            stub.command(name=cmd_name, help=summary)(lambda: None)
+            command = typer.main.get_command(stub)
+            command.name = cmd_name
+            return command
+        command = typer.main.get_command(importlib.import_module(module).app)
+        command.name = cmd_name
+        return command
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the group's help from the summaries."""
+        ctx.meta["edgekit.summaries"] = True
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    name="edgekit",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"edgekit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """From a trained model to a fleet you can trust.
+
+    Optimize a model for a device, prove it, pack it signed, deliver it over the air, serve it, watch it.
+    """
+
+
+def _report(error: EdgekitError) -> int:
+    note(f"{paint('error:', 'red', 'bold', stream=sys.stderr)} {error.message}")
+    if error.hint:
+        note(f"{paint('hint:', 'cyan', stream=sys.stderr)} {error.hint}")
+    if os.environ.get("EDGEKIT_DEBUG"):
+        traceback.print_exception(error)
+    return error.exit_code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except EdgekitError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        note("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug becomes exit 70, with its trace
+        return _foreign(error)
+    return result if isinstance(result, int) else 0
+
+
+def _foreign(error: Exception) -> int:
+    """Click's own errors keep their format and code; anything else is our bug."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        note("interrupted")
+        return EXIT_INTERRUPTED
+    traceback.print_exception(error)
+    note(f"this is a bug in edgekit {__version__}: {type(error).__name__}: {error}", "red")
+    note("please report it with the trace above")
+    return EXIT_BUG
+
+
+def run() -> None:
+    """Console-script entry point."""
+    sys.exit(main())

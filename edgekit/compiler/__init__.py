@@ -1,0 +1,1 @@
+"""From a trained model to measured candidates: sources, passes, gate, report."""

@@ -1,0 +1,1 @@
+"""Load and check calibration and evaluation data; infer the input contract."""

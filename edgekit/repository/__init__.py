@@ -1,0 +1,1 @@
+"""The update repository: TUF metadata and blobs."""

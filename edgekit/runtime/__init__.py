@@ -1,0 +1,1 @@
+"""Run a model: one ``Session`` protocol over ONNX Runtime and LiteRT."""

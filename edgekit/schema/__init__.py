@@ -1,0 +1,1 @@
+"""The records that one process writes and another reads; nothing else."""

@@ -1,0 +1,93 @@
+"""The bundle manifest: the small signed record that binds every blob of a release.
+
+The manifest embeds the Candidate, so that evidence (accuracy, latency, lineage) travels with the model. ``variants`` has one
+entry per form of the model; the device takes the first whose ``requires`` it meets.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+import msgspec
+
+from edgekit.schema.artifact import ModelFormat
+from edgekit.schema.base import SCHEMA_VERSION, Record
+from edgekit.schema.candidate import Candidate
+from edgekit.schema.contract import Contract
+from edgekit.schema.digest import Digest
+from edgekit.schema.target import RuntimeName
+from edgekit.schema.tensor import TensorData
+
+ModelName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?\Z")]
+ModelVersion = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-9A-Za-z])?\Z")]
+BlobRole = Literal["model", "golden", "candidate", "report", "card"]
+MANIFEST_MEDIA_TYPE = "application/vnd.edgekit.manifest.v1+json"
+
+
+class BlobRef(Record):
+    """One blob: ``path`` is its name for people, the digest is its address."""
+
+    path: str
+    role: BlobRole
+    digest: Digest
+    size_bytes: int
+
+
+class Requires(Record):
+    """What a device must have to run a variant. Empty fields ask for nothing."""
+
+    runtime: RuntimeName
+    runtime_version: str = ""
+    """Minimum version of the runtime, for example ``1.32``."""
+    arch: tuple[str, ...] = ()
+    isa: tuple[str, ...] = ()
+    ram_mb: float | None = None
+
+
+class Variant(Record):
+    """One form of the model with its golden samples; both digests name blobs of the manifest."""
+
+    name: str
+    format: ModelFormat
+    precision: str
+    model: Digest
+    golden: Digest
+    requires: Requires
+
+
+class Manifest(Record):
+    """One release of one model."""
+
+    name: ModelName
+    version: ModelVersion
+    created_at: datetime
+    target: str
+    contract: Contract
+    variants: tuple[Variant, ...]
+    blobs: tuple[BlobRef, ...]
+    candidate: Candidate
+    edgekit_version: str
+    schema_version: int = SCHEMA_VERSION
+
+
+class GoldenSample(Record):
+    """One raw input and the output expected of it, by tensor name."""
+
+    inputs: dict[str, TensorData]
+    outputs: dict[str, TensorData]
+
+
+class GoldenSet(Record):
+    """Golden samples with their tolerance; stored as a MessagePack blob.
+
+    An output y matches the expected e when |y - e| <= atol + rtol * |e| everywhere; with ``is_top1_checked`` the argmax of
+    the last axis must match too, wherever the expected top two differ by more than twice the tolerance.
+    """
+
+    samples: tuple[GoldenSample, ...]
+    atol: float
+    rtol: float
+    is_top1_checked: bool = False
+    tolerance_reason: str = ""
+    schema_version: int = SCHEMA_VERSION

@@ -1,0 +1,166 @@
+"""The device's messages: what travels over MQTT.
+
+Topics are ``ek/1/{site}/{device}/{verb}`` (see ``edgekit.telemetry.topics``). A payload is one MessagePack array, tagged by a
+short string in its first place; fields are only ever appended, so old readers read new messages and new readers fill the
+defaults. Metric values travel as one vector of little-endian float32 in the order that the birth message declares; NaN is
+"no value". Every message that is stored carries (boot, seq): ``boot`` is drawn at random at agent start (63 bits), ``seq``
+counts from 1 within it, and (device, boot, seq) is the server's idempotency key.
+
+| verb | record | QoS | retained |
+| --- | --- | --- | --- |
+| status | Birth, and Death as the last will | 1 | yes |
+| hb | Heartbeat | 0 | no |
+| w | WindowBatch | 1 | no |
+| ev | Event | 1 | no |
+| rep | Reported | 1 | yes |
+
+``time_ms`` is Unix time in milliseconds, UTC.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+ClockSource = Literal["system", "ntp", "unsynced"]
+EventKind = Literal[
+    "agent_started",
+    "agent_stopped",
+    "release_found",
+    "install_started",
+    "install_finished",
+    "install_refused",
+    "install_failed",
+    "worker_crashed",
+    "rolled_back",
+    "repository_unreachable",
+    "messages_dropped",
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Base of every message."""
+
+
+class MetricSpec(Message):
+    """One entry of the metric vector: position is its id."""
+
+    name: str
+    unit: str = ""
+    kind: Literal["gauge", "count", "quantile"] = "gauge"
+
+
+class SketchSpec(Message):
+    """One histogram: its name and its bin rule, for example ``log2:3`` (see ``edgekit.telemetry.histogram``)."""
+
+    name: str
+    unit: str
+    bins: str
+
+
+class SlotReport(Message):
+    """One slot as the fleet sees it."""
+
+    name: str
+    status: str
+    model: str = ""
+    version: str = ""
+    counter: int = 0
+    model_digest: str = ""
+    manifest_digest: str = ""
+
+
+class Birth(Message, tag="birth"):
+    """First message of a session: who and what the device is, and the schema of its windows."""
+
+    boot: int
+    seq: int
+    time_ms: int
+    metrics: tuple[MetricSpec, ...]
+    sketches: tuple[SketchSpec, ...] = ()
+    agent_version: str = ""
+    runtime: str = ""
+    runtime_version: str = ""
+    arch: str = ""
+    cpu: str = ""
+    isa: tuple[str, ...] = ()
+    cores: int = 0
+    ram_mb: float = 0.0
+    os: str = ""
+    clock: ClockSource = "system"
+    labels: dict[str, str] = {}
+    url: str = ""
+
+
+class Death(Message, tag="death"):
+    """The last will, or a goodbye (``is_clean``). A death of another boot than the last birth's is ignored."""
+
+    boot: int
+    is_clean: bool = False
+    time_ms: int = 0
+
+
+class Heartbeat(Message, tag="hb"):
+    """Sign of life; not stored as a fact, only as last seen."""
+
+    boot: int
+    seq: int
+    """Highest seq that the device has given out, so that the server sees gaps."""
+    time_ms: int
+    outbox: int = 0
+
+
+class Window(Message):
+    """Aggregates of one window. ``sketches`` are encoded histograms in the birth's order, empty when nothing was seen."""
+
+    seq: int
+    start_ms: int
+    duration_ms: int
+    values: bytes
+    model_digest: str = ""
+    """First 12 hex digits of the model that served in the window."""
+    sketches: tuple[bytes, ...] = ()
+
+
+class WindowBatch(Message, tag="w"):
+    """Windows of one boot, oldest first; ``is_late`` when they come from the backlog."""
+
+    boot: int
+    windows: tuple[Window, ...]
+    is_late: bool = False
+    schema: int = 0
+    """CRC-32 of the birth's metric and sketch names, so that a window is never read with another schema."""
+
+
+class Event(Message, tag="ev"):
+    """Something happened. ``code`` is the stable error code for failures, ``detail`` is for people."""
+
+    boot: int
+    seq: int
+    time_ms: int
+    kind: EventKind
+    detail: str = ""
+    code: str = ""
+    model: str = ""
+    version: str = ""
+    counter: int = 0
+    fields: dict[str, str | int | float | bool] = {}
+
+
+class Reported(Message, tag="rep"):
+    """The device's state as a whole; the newest (boot, seq) wins."""
+
+    boot: int
+    seq: int
+    time_ms: int
+    slots: tuple[SlotReport, ...]
+    active: str = ""
+    phase: str = "idle"
+    last_error: str = ""
+    last_error_code: str = ""
+    refused: tuple[str, ...] = ()
+    """Manifest digests that this device refuses."""
+
+
+AnyMessage = Birth | Death | Heartbeat | WindowBatch | Event | Reported

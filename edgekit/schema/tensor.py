@@ -1,0 +1,30 @@
+"""Names, types and shapes of a model's inputs and outputs, and small tensors as data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgekit.schema.base import Record
+
+DType = Literal[
+    "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"
+]
+
+
+class TensorSpec(Record):
+    """One input or output.
+
+    ``shape`` has a number for a fixed axis and a name (``"batch"``) for a dynamic one.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+class TensorData(Record):
+    """A small tensor: C-contiguous little-endian bytes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes

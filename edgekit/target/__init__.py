@@ -1,0 +1,1 @@
+"""Target profiles: load by name, check, probe this machine."""

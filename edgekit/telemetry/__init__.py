@@ -1,0 +1,1 @@
+"""Topics, codecs and histograms of the device's messages."""

@@ -1,0 +1,1 @@
+"""Keys, signatures, update metadata and anti-rollback floors: bytes in, verdict out."""
