@@ -11,7 +11,7 @@ from edgekit.schema.tensor import TensorSpec
 ModelFormat = Literal["onnx", "tflite"]
 
 
-class ModelArtifact(Record):
+class ModelArtifact(Record, frozen=True, kw_only=True):
     """One model file; ``path`` is relative to the record that names it."""
 
     path: str

@@ -15,7 +15,7 @@ Quantity = Literal["latency_ms", "size_mb", "ram_mb", "drop", "value"]
 Status = Literal["chosen", "passed", "missed", "failed"]
 
 
-class PassStep(Record):
+class PassStep(Record, frozen=True, kw_only=True):
     """One pass of the lineage: from ``parent`` to ``output`` (artifact digests), with settings and tool versions."""
 
     name: str
@@ -27,7 +27,7 @@ class PassStep(Record):
     notes: tuple[str, ...] = ()
 
 
-class BudgetCheck(Record):
+class BudgetCheck(Record, frozen=True, kw_only=True):
     """One term of the budget: ``name`` as the user wrote it (``top1_drop``), the limit and what was measured.
 
     ``value`` is None when it could not be measured (a latency without the target's hardware); then ``is_met`` is False
@@ -42,7 +42,7 @@ class BudgetCheck(Record):
     note: str = ""
 
 
-class Verdict(Record):
+class Verdict(Record, frozen=True, kw_only=True):
     """``chosen``: the winner; ``passed``: meets the budget; ``missed``: does not; ``failed``: could not be made or run."""
 
     status: Status
@@ -51,7 +51,7 @@ class Verdict(Record):
     checks: tuple[BudgetCheck, ...] = ()
 
 
-class SourceModel(Record):
+class SourceModel(Record, frozen=True, kw_only=True):
     """What the user gave: the MODEL argument, the digest of its bytes (weights included) and the size."""
 
     spec: str
@@ -60,7 +60,7 @@ class SourceModel(Record):
     size_bytes: int
 
 
-class Candidate(Record):
+class Candidate(Record, frozen=True, kw_only=True):
     """One form of the model. ``artifact`` is None only when the status is ``failed``."""
 
     name: str

@@ -10,7 +10,7 @@ from edgekit.schema.tensor import DType, TensorSpec
 Task = Literal["classification", "other"]
 
 
-class InputSpec(Record):
+class InputSpec(Record, frozen=True, kw_only=True):
     """One input: ``minimum`` and ``maximum`` are the range seen in calibration data, inclusive."""
 
     name: str
@@ -20,7 +20,7 @@ class InputSpec(Record):
     maximum: float | None = None
 
 
-class Contract(Record):
+class Contract(Record, frozen=True, kw_only=True):
     """Inputs, outputs and the meaning of the outputs."""
 
     inputs: tuple[InputSpec, ...]

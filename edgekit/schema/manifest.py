@@ -25,7 +25,7 @@ BlobRole = Literal["model", "golden", "candidate", "report", "card"]
 MANIFEST_MEDIA_TYPE = "application/vnd.edgekit.manifest.v1+json"
 
 
-class BlobRef(Record):
+class BlobRef(Record, frozen=True, kw_only=True):
     """One blob: ``path`` is its name for people, the digest is its address."""
 
     path: str
@@ -34,7 +34,7 @@ class BlobRef(Record):
     size_bytes: int
 
 
-class Requires(Record):
+class Requires(Record, frozen=True, kw_only=True):
     """What a device must have to run a variant. Empty fields ask for nothing."""
 
     runtime: RuntimeName
@@ -45,7 +45,7 @@ class Requires(Record):
     ram_mb: float | None = None
 
 
-class Variant(Record):
+class Variant(Record, frozen=True, kw_only=True):
     """One form of the model with its golden samples; both digests name blobs of the manifest."""
 
     name: str
@@ -56,7 +56,7 @@ class Variant(Record):
     requires: Requires
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True, kw_only=True):
     """One release of one model."""
 
     name: ModelName
@@ -71,14 +71,14 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
 
 
-class GoldenSample(Record):
+class GoldenSample(Record, frozen=True, kw_only=True):
     """One raw input and the output expected of it, by tensor name."""
 
     inputs: dict[str, TensorData]
     outputs: dict[str, TensorData]
 
 
-class GoldenSet(Record):
+class GoldenSet(Record, frozen=True, kw_only=True):
     """Golden samples with their tolerance; stored as a MessagePack blob.
 
     An output y matches the expected e when |y - e| <= atol + rtol * |e| everywhere; with ``is_top1_checked`` the argmax of

@@ -6,7 +6,7 @@ from edgekit.schema.base import Record
 from edgekit.schema.digest import Digest
 
 
-class HostFingerprint(Record):
+class HostFingerprint(Record, frozen=True, kw_only=True):
     """The machine and software that a number was measured on."""
 
     arch: str
@@ -21,7 +21,7 @@ class HostFingerprint(Record):
     governor: str | None = None
 
 
-class LatencyReport(Record):
+class LatencyReport(Record, frozen=True, kw_only=True):
     """Latency of one model, batch of one request, milliseconds.
 
     ``is_on_target`` is true only when the host matches the target profile; else the figures are the host's, not the target's.
@@ -48,7 +48,7 @@ class LatencyReport(Record):
     peak_rss_mb: float | None = None
 
 
-class EvalReport(Record):
+class EvalReport(Record, frozen=True, kw_only=True):
     """Quality of one model on one data set.
 
     ``value`` and ``baseline`` are in the metric's unit; ``drop`` is baseline - value for metrics where higher is better,

@@ -43,7 +43,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Base of every message."""
 
 
-class MetricSpec(Message):
+class MetricSpec(Message, frozen=True, kw_only=True):
     """One entry of the metric vector: position is its id."""
 
     name: str
@@ -51,7 +51,7 @@ class MetricSpec(Message):
     kind: Literal["gauge", "count", "quantile"] = "gauge"
 
 
-class SketchSpec(Message):
+class SketchSpec(Message, frozen=True, kw_only=True):
     """One histogram: its name and its bin rule, for example ``log2:3`` (see ``edgekit.telemetry.histogram``)."""
 
     name: str
@@ -59,7 +59,7 @@ class SketchSpec(Message):
     bins: str
 
 
-class SlotReport(Message):
+class SlotReport(Message, frozen=True, kw_only=True):
     """One slot as the fleet sees it."""
 
     name: str
@@ -71,7 +71,7 @@ class SlotReport(Message):
     manifest_digest: str = ""
 
 
-class Birth(Message, tag="birth"):
+class Birth(Message, frozen=True, kw_only=True, tag="birth"):
     """First message of a session: who and what the device is, and the schema of its windows."""
 
     boot: int
@@ -93,7 +93,7 @@ class Birth(Message, tag="birth"):
     url: str = ""
 
 
-class Death(Message, tag="death"):
+class Death(Message, frozen=True, kw_only=True, tag="death"):
     """The last will, or a goodbye (``is_clean``). A death of another boot than the last birth's is ignored."""
 
     boot: int
@@ -101,7 +101,7 @@ class Death(Message, tag="death"):
     time_ms: int = 0
 
 
-class Heartbeat(Message, tag="hb"):
+class Heartbeat(Message, frozen=True, kw_only=True, tag="hb"):
     """Sign of life; not stored as a fact, only as last seen."""
 
     boot: int
@@ -111,7 +111,7 @@ class Heartbeat(Message, tag="hb"):
     outbox: int = 0
 
 
-class Window(Message):
+class Window(Message, frozen=True, kw_only=True):
     """Aggregates of one window. ``sketches`` are encoded histograms in the birth's order, empty when nothing was seen."""
 
     seq: int
@@ -123,7 +123,7 @@ class Window(Message):
     sketches: tuple[bytes, ...] = ()
 
 
-class WindowBatch(Message, tag="w"):
+class WindowBatch(Message, frozen=True, kw_only=True, tag="w"):
     """Windows of one boot, oldest first; ``is_late`` when they come from the backlog."""
 
     boot: int
@@ -133,7 +133,7 @@ class WindowBatch(Message, tag="w"):
     """CRC-32 of the birth's metric and sketch names, so that a window is never read with another schema."""
 
 
-class Event(Message, tag="ev"):
+class Event(Message, frozen=True, kw_only=True, tag="ev"):
     """Something happened. ``code`` is the stable error code for failures, ``detail`` is for people."""
 
     boot: int
@@ -148,7 +148,7 @@ class Event(Message, tag="ev"):
     fields: dict[str, str | int | float | bool] = {}
 
 
-class Reported(Message, tag="rep"):
+class Reported(Message, frozen=True, kw_only=True, tag="rep"):
     """The device's state as a whole; the newest (boot, seq) wins."""
 
     boot: int

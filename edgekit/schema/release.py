@@ -14,7 +14,7 @@ from edgekit.schema.manifest import ModelName, ModelVersion
 from edgekit.schema.target import RuntimeName
 
 
-class ReleaseInfo(Record):
+class ReleaseInfo(Record, frozen=True, kw_only=True):
     """What signed metadata says of a release, before the manifest is fetched."""
 
     name: ModelName
@@ -28,7 +28,7 @@ class ReleaseInfo(Record):
     notes: str = ""
 
 
-class Release(Record):
+class Release(Record, frozen=True, kw_only=True):
     """A release as the device sees it: signed info plus the manifest's address."""
 
     info: ReleaseInfo

@@ -15,7 +15,7 @@ SlotStatus = Literal["empty", "staging", "verified", "active", "good", "bad"]
 Phase = Literal["idle", "fetch", "stage", "verify", "selftest", "switch", "report"]
 
 
-class Slot(Record):
+class Slot(Record, frozen=True, kw_only=True):
     """One of the two slots. ``path``s inside are fixed: ``slots/<name>/manifest.json`` and ``slots/<name>/blobs/<hex>``."""
 
     name: SlotName
@@ -27,7 +27,7 @@ class Slot(Record):
     model_digest: Digest | None = None
 
 
-class Refusal(Record):
+class Refusal(Record, frozen=True, kw_only=True):
     """A release that this device refused, and why; it is not tried again."""
 
     model: str
@@ -39,7 +39,7 @@ class Refusal(Record):
     at: datetime
 
 
-class Floors(Record):
+class Floors(Record, frozen=True, kw_only=True):
     """Anti-rollback floors; they never decrease, except that a new root version resets snapshot and timestamp.
 
     ``releases`` maps a model's name to its highest committed release counter; ``time`` is the latest verified time.
@@ -53,7 +53,7 @@ class Floors(Record):
     time: datetime | None = None
 
 
-class AgentState(Record):
+class AgentState(Record, frozen=True, kw_only=True):
     """Everything that must survive a power cut. One JSON file, replaced atomically."""
 
     device: str
@@ -67,7 +67,7 @@ class AgentState(Record):
     schema_version: int = SCHEMA_VERSION
 
 
-class AgentStatus(Record):
+class AgentStatus(Record, frozen=True, kw_only=True):
     """What ``edgekit agent status`` shows: the running agent's own view, served on its loopback port."""
 
     state: AgentState

@@ -12,7 +12,7 @@ Arch = Literal["x86-64", "aarch64", "armv7e-m"]
 RuntimeName = Literal["onnxruntime", "litert", "tflm"]
 
 
-class Int8Rules(Record, forbid_unknown_fields=True):
+class Int8Rules(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How int8 must look to be correct and fast on this target."""
 
     weights: Literal["int8", "uint8"] = "int8"
@@ -25,14 +25,14 @@ class Int8Rules(Record, forbid_unknown_fields=True):
     format: Literal["qdq", "qoperator", "litert"] = "qdq"
 
 
-class TargetBudget(Record, forbid_unknown_fields=True):
+class TargetBudget(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of the hardware itself, checked beside the user's budget."""
 
     ram_mb: float | None = None
     flash_mb: float | None = None
 
 
-class TargetProfile(Record, forbid_unknown_fields=True):
+class TargetProfile(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The hardware, its instruction set, its runtime and its int8 rules.
 
     ``isa`` has the flags that matter to kernels: for x86-64 ``sse4_2 avx avx2 fma avx512f avx512_vnni avx_vnni amx_int8``,

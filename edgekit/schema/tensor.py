@@ -11,7 +11,7 @@ DType = Literal[
 ]
 
 
-class TensorSpec(Record):
+class TensorSpec(Record, frozen=True, kw_only=True):
     """One input or output.
 
     ``shape`` has a number for a fixed axis and a name (``"batch"``) for a dynamic one.
@@ -22,7 +22,7 @@ class TensorSpec(Record):
     shape: tuple[int | str, ...]
 
 
-class TensorData(Record):
+class TensorData(Record, frozen=True, kw_only=True):
     """A small tensor: C-contiguous little-endian bytes."""
 
     dtype: DType

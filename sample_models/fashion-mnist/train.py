@@ -149,9 +149,7 @@ def main() -> None:
     parser.add_argument("--splits-only", action="store_true", help="write the npz splits, keep the weights")
     arguments = parser.parse_args()
     if not (arguments.data / "train-images-idx3-ubyte.gz").is_file():
-        sys.exit(
-            f"{arguments.data}: no Fashion-MNIST here; install Debian's package dataset-fashion-mnist or give --data"
-        )
+        sys.exit(f"{arguments.data}: no Fashion-MNIST here; install Debian's dataset-fashion-mnist or give --data")
     write_splits(arguments.data, arguments.seed)
     if arguments.splits_only:
         return
