@@ -1,0 +1,5 @@
+"""``python -m edgekit``: the same as the ``edgekit`` command."""
+
+from edgekit.cli.main import run
+
+run()
