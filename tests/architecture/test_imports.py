@@ -7,8 +7,9 @@ import pkgutil
 import subprocess
 import sys
 
-import edgekit
 import pytest
+
+import edgekit
 
 DEVICE_FORBIDDEN = {
     "torch",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from edgekit.cli import main as cli_main
 from edgekit.cli.console import format_bytes, format_seconds, table
 from edgekit.errors import DataError, OperationError, TrustError, UsageError
