@@ -1,0 +1,1 @@
+"""Passes that make ``.tflite`` models: conversion from torch, full-integer quantization."""

@@ -1,0 +1,1 @@
+"""Passes over torch modules: export to ONNX, pruning with distillation."""
