@@ -105,8 +105,8 @@ def export_onnx(
         proto, notes = _export(module, example_inputs, batch, names, results)
         _strip(proto)
         data = proto.SerializeToString(deterministic=True)
-        shapes = batch if not notes else example_inputs
-        worst = _verify(module, data, shapes, names, path.name)
+        shapes = (example_inputs,) if notes else (batch, tuple(example[:1] for example in example_inputs))
+        worst = max(_verify(module, data, examples, names, path.name) for examples in shapes)
     finally:
         module.train(was_training)
     write_durably(path, data)
@@ -181,7 +181,10 @@ def _export(
 
     try:
         axis = torch.export.Dim(BATCH_AXIS)
-        return _run_exporter(module, batch, inputs, outputs, tuple({0: axis} for _ in batch)), ()
+        proto = _run_exporter(module, batch, inputs, outputs, tuple({0: axis} for _ in batch))
+        if _is_batch_free(proto):
+            return proto, ()
+        reason = "the module only takes the batch size that it is exported with"
     except EnvironmentFault:
         raise
     except Exception as error:  # noqa: BLE001  the exporter raises anything; the second attempt decides
@@ -196,6 +199,12 @@ def _export(
         ) from error
     size = single[0].shape[0]
     return proto, (f"batch size is fixed at {size}: the export with a free batch axis failed ({reason})",)
+
+
+def _is_batch_free(proto: ModelProto) -> bool:
+    """Whether the batch axis of every input is still a name: the exporter turns it into a number without a word."""
+    dims = [item.type.tensor_type.shape.dim for item in proto.graph.input]
+    return all(len(dim) > 0 and dim[0].HasField("dim_param") for dim in dims)
 
 
 def _run_exporter(

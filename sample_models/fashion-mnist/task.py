@@ -30,9 +30,8 @@ DATA_DIGEST = "sha256:16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35
 
 
 @cache
-def _load_training_data() -> tuple[Tensor, Tensor]:
+def load_training_data(folder: Path) -> tuple[Tensor, Tensor]:
     """Images float32 [60000, 1, 28, 28], 0..1, and labels int64 [60000], checked against the digest."""
-    folder = Path(os.environ.get("EDGEKIT_FASHION_MNIST") or DEBIAN_FOLDER)
     try:
         images, labels = load_images(folder, "train")
     except FileNotFoundError as error:
@@ -71,7 +70,7 @@ class FashionMnist:
 
     def train_batches(self, epoch: int, seed: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Batches of 128, shuffled, flipped and shifted; the last, smaller one is left out."""
-        images, labels = _load_training_data()
+        images, labels = load_training_data(Path(os.environ.get("EDGEKIT_FASHION_MNIST") or DEBIAN_FOLDER))
         generator = torch.Generator().manual_seed(seed * 1009 + epoch)
         order = torch.randperm(len(images), generator=generator)
         for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):

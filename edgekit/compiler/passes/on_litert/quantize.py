@@ -82,7 +82,7 @@ class QuantizeLiteRT:
             output=digest_file(path),
             seconds=time.monotonic() - started,
             versions={package: version(package) for package in ("ai-edge-quantizer", "ai-edge-litert")},
-            notes=() if sqnr_db is None else (f"output SQNR on calibration samples: {sqnr_db:.1f} dB",),
+            notes=_describe(data, sqnr_db),
         )
         context.on_progress("quantized to int8", 1.0)
         return WorkModel(path=path, format="tflite", precision="int8", lineage=(*model.lineage, step))
@@ -138,6 +138,28 @@ def _run_quantizer(source: bytes, feeds: list[dict[str, Array]], io: str) -> byt
     ranges.calibrate({SIGNATURE: feeds}, recipes)
     result = tool.quantize(ranges.get_model_qsvs(), enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
+
+
+def _describe(data: bytes, sqnr_db: float | None) -> tuple[str, ...]:
+    """Notes for the lineage: noise, and operators that found no int8 form."""
+    notes = [] if sqnr_db is None else [f"output SQNR on calibration samples: {sqnr_db:.1f} dB"]
+    if count := count_float_tensors(data):
+        notes.append(f"not integer throughout: {count} inner tensors stay float32, for operators without an int8 form")
+    return tuple(notes)
+
+
+def count_float_tensors(data: bytes) -> int:
+    """Tensors of type float32 that are neither inputs nor outputs."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    # Without delegates the list is the file's own, not XNNPACK's.
+    interpreter = Interpreter(
+        model_content=data, experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    )
+    ends = {detail["index"] for detail in [*interpreter.get_input_details(), *interpreter.get_output_details()]}
+    return sum(
+        1 for detail in interpreter.get_tensor_details() if detail["dtype"] is np.float32 and detail["index"] not in ends
+    )
 
 
 def measure_sqnr(source: bytes, data: bytes, feeds: list[dict[str, Array]]) -> float:

@@ -126,9 +126,10 @@ class _Run:
         self.metrics: list[float] = []
         self.seconds = 0.0
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        total = max(2, steps * settings.epochs)
+        total = max(2, steps * settings.epochs) + 1
+        warmup = max(settings.warmup_share, 2 / total)  # a phase of no step would divide by zero
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=settings.learning_rate, total_steps=total + 1, pct_start=settings.warmup_share
+            self.optimizer, max_lr=settings.learning_rate, total_steps=total, pct_start=warmup
         )
 
     def save(self, path: Path) -> None:
