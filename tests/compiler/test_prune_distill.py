@@ -278,6 +278,32 @@ def test_no_task_or_no_module_says_why(tmp_path):
     assert "torch source" in (make_pass().find_obstacle(file_only, make_context(tmp_path, task=SmallTask())) or "")
 
 
+def test_frozen_parent_gives_a_trained_student(tmp_path):
+    parent = make_net().requires_grad_(False)
+    model = make_pass().run(source_model(tmp_path, parent), make_context(tmp_path, task=SmallTask(), effort="fast"))
+    record = json.loads(next((tmp_path / "trained").glob("*.json")).read_text())
+    plan = tuple(Removal(layer=p["layer"], channels=tuple(p["channels"]), of=p["of"]) for p in record["plan"])
+    assert not same_state(model.module, apply_plan(parent, EXAMPLE, plan))
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
+
+
+def test_untraceable_model_is_an_obstacle(tmp_path):
+    net = make_net()
+    context = make_context(tmp_path, task=SmallTask(), example_inputs=(torch.zeros(1, 3, 8, 8),))
+    assert "cannot trace" in (make_pass().find_obstacle(source_model(tmp_path, net), context) or "")
+
+
+@pytest.mark.parametrize(("scale", "code"), [(float("nan"), "training.diverged"), (None, "training.failed")])
+def test_training_that_fails_names_the_task(tmp_path, scale, code):
+    class Broken(SmallTask):
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(outputs, labels) * scale
+
+    with pytest.raises(ArtifactError) as caught:
+        make_pass().run(source_model(tmp_path), make_context(tmp_path, task=Broken()))
+    assert caught.value.code == code
+
+
 def test_caller_s_random_state_is_untouched(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()

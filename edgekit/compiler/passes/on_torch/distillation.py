@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgekit.compiler.storage import write_durably
-from edgekit.errors import DataError
+from edgekit.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -209,12 +210,16 @@ def train_student(
         task: batches, loss and metric.
         settings: how.
         seed: of initial random state, shuffling and augmentation.
-        checkpoint: written after each epoch, read at the start where it is there, removed at the end.
+        checkpoint: written after each epoch, read at the start where it is there; the caller removes it once the
+            result is kept.
         on_progress: takes a line and the share done.
 
     Raises:
         DataError: from the task, when the training data is not there; ``data.empty`` when it yields no batch.
+        ArtifactError: ``training.diverged`` when the loss is not a finite number.
     """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        student.requires_grad_(requires_grad=True)  # a parent frozen as a whole was frozen for use, not for training
     with deterministic(seed), _fast_layout(student, teacher):
         teacher.eval()
         steps = _count_batches(task, seed)
@@ -231,7 +236,6 @@ def train_student(
             _train_epoch(run, teacher, task, seed, clock)
             run.save(checkpoint)
         reestimate_statistics(student, task, settings, seed)
-    checkpoint.unlink(missing_ok=True)
     return TrainingRecord(losses=tuple(run.losses), metrics=tuple(run.metrics), seconds=run.seconds)
 
 
@@ -259,6 +263,12 @@ def _train_epoch(run: _Run, teacher: nn.Module, task: TrainTask, seed: int, cloc
         metric_sum += task.metric(outputs.detach(), labels)
         done = run.epoch * run.steps + step + 1
         clock.tick(done, f"distilling: epoch {run.epoch + 1} of {run.settings.epochs}, loss {loss_sum / (step + 1):.3f}")
+    if not math.isfinite(loss_sum):
+        raise ArtifactError(
+            "training.diverged",
+            f"distilling: the loss of epoch {run.epoch + 1} is {loss_sum}, expected a finite number.",
+            hint="Check the task's loss on the parent's own outputs; scale inputs to about -1..1.",
+        )
     run.losses.append(loss_sum / run.steps)
     run.metrics.append(metric_sum / run.steps)
     run.seconds += time.monotonic() - started

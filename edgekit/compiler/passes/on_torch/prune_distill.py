@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +38,7 @@ from edgekit.compiler.passes.on_torch.pruning import (
     plan_pruning,
     widths_of,
 )
-from edgekit.errors import ArtifactError, DataError
+from edgekit.errors import ArtifactError, DataError, EdgekitError
 from edgekit.schema.candidate import PassStep
 from edgekit.schema.digest import digest_bytes, digest_file, short
 
@@ -83,10 +85,8 @@ class PruneAndDistill:
                 return None
         except ArtifactError:
             return None  # run() says what is wrong with it
-        settings = recipes[0].pruning
-        if not is_prunable(model.module, context.example_inputs, settings):  # type: ignore[arg-type]
-            return f"no layer can lose {settings.channel_multiple} channels (the target's multiple) and keep half of its own"
-        return _find_data_obstacle(context.task, context.seed)
+        obstacle = _find_pruning_obstacle(model.module, context, recipes[0].pruning)  # type: ignore[arg-type]
+        return obstacle or _find_data_obstacle(context.task, context.seed)
 
     def run(self, model: WorkModel, context: PassContext) -> WorkModel:
         """Prune and train, or take the kept result; then export.
@@ -145,7 +145,7 @@ class PruneAndDistill:
         parent: nn.Module = model.module  # type: ignore[assignment]
         inputs = context.example_inputs
         context.on_progress("measuring the importance of each channel", 0.0)
-        with deterministic(context.seed):
+        with _training_errors(task), deterministic(context.seed):
             importance = measure_importance(parent, inputs, task, recipe.pruning, context.seed)
             plan = plan_pruning(parent, inputs, importance, recipe.pruning)
             if not plan:
@@ -155,15 +155,17 @@ class PruneAndDistill:
                     hint="The model is as narrow as the target's kernels; leave pruning out.",
                 )
             student = apply_plan(parent, inputs, plan)
-        training = train_student(
-            student,
-            parent,
-            task,
-            recipe.distillation,
-            seed=context.seed,
-            checkpoint=context.work_dir / f"{recipe.key}.checkpoint",
-            on_progress=lambda text, done: context.on_progress(text, 0.03 + 0.92 * done),
-        )
+        checkpoint = context.work_dir / f"{recipe.key}.checkpoint"
+        with _training_errors(task):
+            training = train_student(
+                student,
+                parent,
+                task,
+                recipe.distillation,
+                seed=context.seed,
+                checkpoint=checkpoint,
+                on_progress=lambda text, done: context.on_progress(text, 0.03 + 0.92 * done),
+            )
         weights = encode_weights(student)
         record = KeptRecord(
             recipe=recipe,
@@ -175,7 +177,9 @@ class PruneAndDistill:
             weights=digest_bytes(weights),
             versions={package: version(package) for package in PACKAGES},
         )
-        return _Student(module=student, record=record, notes=(_keep(context, record, weights),))
+        note = _keep(context, record, weights)
+        checkpoint.unlink(missing_ok=True)
+        return _Student(module=student, record=record, notes=(note,))
 
 
 def _folders(context: PassContext) -> tuple[Path, ...]:
@@ -197,6 +201,30 @@ def _keep(context: PassContext, record: KeptRecord, weights: bytes) -> str:
             return f"weights trained in this run, kept under {record.recipe.key}"
     save_kept(own, record, weights)
     return f"weights trained in this run, kept under {record.recipe.key} in the run's folder"
+
+
+def _find_pruning_obstacle(module: nn.Module, context: PassContext, settings: PruningSettings) -> str | None:
+    try:
+        if is_prunable(module, context.example_inputs, settings):
+            return None
+    except ArtifactError as error:
+        return error.message
+    return f"no layer can lose {settings.channel_multiple} channels (the target's multiple) and keep half of its own"
+
+
+@contextmanager
+def _training_errors(task: TrainTask) -> Iterator[None]:
+    """Name the task in whatever its code raises; edgekit's own errors pass."""
+    try:
+        yield
+    except EdgekitError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            "training.failed",
+            f"{type(task).__name__}: the training failed: {type(error).__name__}: {error}",
+            hint="The task's train_batches, loss and metric must fit its model's inputs and output.",
+        ) from error
 
 
 def _find_data_obstacle(task: TrainTask, seed: int) -> str | None:

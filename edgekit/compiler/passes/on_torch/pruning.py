@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgekit.compiler.export import quiet
 from edgekit.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -76,8 +77,15 @@ def _gradients_on(module: nn.Module) -> Iterator[None]:
 def _build_graph(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     import torch_pruning
 
-    with _gradients_on(module):
-        return torch_pruning.DependencyGraph().build_dependency(module, example_inputs=inputs, verbose=False)
+    try:
+        with _gradients_on(module), quiet():
+            return torch_pruning.DependencyGraph().build_dependency(module, example_inputs=inputs, verbose=False)
+    except Exception as error:
+        raise ArtifactError(
+            "pruning.untraceable",
+            f"{type(module).__name__}: Torch-Pruning cannot trace it: {type(error).__name__}: {error}",
+            hint="Channels can be removed only where the forward pass runs on the example inputs with gradients.",
+        ) from error
 
 
 def _name_of(module: nn.Module, layer: nn.Module) -> str:
