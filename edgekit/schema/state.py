@@ -64,6 +64,8 @@ class AgentState(Record, frozen=True, kw_only=True):
     phase: Phase = "idle"
     intent: str = ""
     """What the phase was about, for people and for recovery: ``<model>@<version>#<counter>``."""
+    attempts: int = 0
+    """Self-tests of the intent that were begun: a device that dies in each of them must stop trying."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -1,0 +1,168 @@
+"""The connection to the broker: MQTT 5 through paho in a thread of its own, one client object a connection.
+
+The thread connects, waits with full jitter when it cannot, and hands what happens to the event loop. It keeps no message: the
+outbox has them. The client id is stable, so that a broker never collects orphaned sessions; the session outlives a lost
+connection by a little, so that a quick reconnect takes the last will back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from edgekit.agent.config import AgentConfig, parse_broker
+from edgekit.agent.plan import backoff_s
+from edgekit.errors import EnvironmentFault
+
+logger = logging.getLogger(__name__)
+
+KEEPALIVE_S = 30
+CONNECT_SECONDS = 10.0
+RECONNECT_BASE_S = 1.0
+RECONNECT_CAP_S = 60.0
+WILL_DELAY_S = 5
+SESSION_EXPIRY_S = 30
+MAX_IN_FLIGHT = 20
+LOOP_SECONDS = 1.0
+FAILURE_CODE = 0x80
+
+
+@dataclass
+class Handlers:
+    """What the connection calls, in the event loop's thread."""
+
+    on_connect: Callable[[], None]
+    on_disconnect: Callable[[str], None]
+    on_puback: Callable[[int, int, str], None]
+
+
+@dataclass
+class Connection:
+    """The thread."""
+
+    config: AgentConfig
+    will_topic: str
+    will_payload: bytes
+    handlers: Handlers
+    _client: paho.Client | None = None
+    _halt: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to connect.
+
+        Raises:
+            EnvironmentFault: ``broker.tls`` when a certificate file cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        context = self._tls_context() if parse_broker(self.config).is_tls else None
+        self._thread = threading.Thread(target=self._run, args=(loop, context), name="mqtt", daemon=True)
+        self._thread.start()
+
+    def _tls_context(self) -> ssl.SSLContext:
+        config = self.config
+        try:
+            context = ssl.create_default_context(cafile=config.ca_file or None)
+            if config.cert_file:
+                context.load_cert_chain(config.cert_file, config.key_file or None)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(filter(None, (config.ca_file, config.cert_file, config.key_file)))
+            raise EnvironmentFault(
+                "broker.tls", f"{files}: cannot be used for TLS: {error}.", hint="Check the files."
+            ) from error
+        return context
+
+    def _make_client(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> paho.Client:
+        config, handlers = self.config, self.handlers
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=f"ek-{config.site}-{config.device}",
+            protocol=MQTTProtocolVersion.MQTTv5,
+            reconnect_on_failure=False,
+        )
+        client.max_inflight_messages_set(MAX_IN_FLIGHT)
+        client.max_queued_messages_set(MAX_IN_FLIGHT)
+        client.connect_timeout = CONNECT_SECONDS
+        will = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+        will.WillDelayInterval = WILL_DELAY_S
+        client.will_set(self.will_topic, self.will_payload, qos=1, retain=True, properties=will)
+        if context is not None:
+            client.tls_set_context(context)
+        if config.broker_username:
+            password = Path(config.broker_password_file).read_text().strip() if config.broker_password_file else None
+            client.username_pw_set(config.broker_username, password)
+
+        def on_connect(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+            if not reason.is_failure:
+                loop.call_soon_threadsafe(handlers.on_connect)
+            else:
+                logger.warning("event=broker_refused reason=%r", str(reason))
+
+        def on_publish(_client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
+            loop.call_soon_threadsafe(handlers.on_puback, mid, int(reason.value), str(reason))
+
+        client.on_connect = on_connect
+        client.on_publish = on_publish
+        return client
+
+    def _run(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> None:
+        failures = 0
+        while not self._halt.is_set():
+            reason, was_connected = self._hold(loop, context)
+            if self._halt.is_set():
+                break
+            failures = 1 if was_connected else failures + 1
+            if failures == 1 or failures % 20 == 0:
+                logger.warning("event=broker_unreachable broker=%s reason=%r failures=%d", self.config.broker, reason, failures)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self.handlers.on_disconnect, reason)
+            self._halt.wait(backoff_s(failures, base_s=RECONNECT_BASE_S, cap_s=RECONNECT_CAP_S, draw=random.random))
+
+    def _hold(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> tuple[str, bool]:
+        """Connect and stay connected as long as it lasts.
+
+        Returns:
+            Why it ended, and whether there was a connection.
+        """
+        broker = parse_broker(self.config)
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = SESSION_EXPIRY_S
+        was_connected = False
+        try:
+            client = self._client = self._make_client(loop, context)
+            client.connect(broker.host, broker.port, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
+            code = MQTTErrorCode.MQTT_ERR_SUCCESS
+            while code == MQTTErrorCode.MQTT_ERR_SUCCESS and not self._halt.is_set():
+                code = client.loop(timeout=LOOP_SECONDS)
+                was_connected = was_connected or client.is_connected()
+        except (OSError, ValueError) as error:
+            return str(error) or type(error).__name__, was_connected
+        return paho.error_string(code), was_connected
+
+    def publish(self, topic: str, payload: bytes, *, qos: int, is_retained: bool) -> int | None:
+        """Send one message; its number for the PUBACK, or None when that is not possible now."""
+        if self._client is None:
+            return None
+        info = self._client.publish(topic, payload, qos=qos, retain=is_retained)
+        return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+
+    def stop(self) -> None:
+        """Say goodbye and end the thread. Without the goodbye the broker would publish the will."""
+        self._halt.set()
+        if self._client is not None and self._client.is_connected():
+            self._client.disconnect()
+        if self._thread is not None:
+            self._thread.join(timeout=LOOP_SECONDS + 1.0)

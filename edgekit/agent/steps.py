@@ -1,0 +1,272 @@
+"""The steps of an installation that touch disk and network. Each is idempotent, and its intent is on disk before it begins.
+
+The one rule: nothing here changes the active slot. Bytes are fetched into ``parts/`` first, so the slot with the previous
+good model is given up only when everything that replaces it is on this disk and verified.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from edgekit.agent.config import AgentConfig
+from edgekit.agent.durable import disk_full
+from edgekit.agent.faults import checkpoint
+from edgekit.agent.link import Model
+from edgekit.agent.plan import (
+    DeviceFacts,
+    Plan,
+    active_slot,
+    check_manifest,
+    choose_variant,
+    needed_blobs,
+    slot_of,
+)
+from edgekit.agent.slots import SlotStore
+from edgekit.agent.state_store import StateStore
+from edgekit.agent.vitals import disk_free_bytes
+from edgekit.errors import ArtifactError, DeviceError
+from edgekit.schema.base import decode_json
+from edgekit.schema.digest import hex_of
+from edgekit.schema.manifest import BlobRef, Manifest, Variant
+from edgekit.schema.release import Release
+from edgekit.schema.state import Phase, Slot, SlotName
+
+logger = logging.getLogger(__name__)
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class ReleaseRefused(Exception):  # noqa: N818 - a verdict, caught by the updater
+    """This device will not install this release, now or later."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Source(Protocol):
+    """Where releases come from: the update repository, verified."""
+
+    def fetch_manifest(self, release: Release) -> bytes:
+        """The manifest's verified bytes."""
+
+    def fetch_blob(self, ref: BlobRef, part_dir: Path) -> Path:
+        """Download a blob, resuming; the verified file's path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a release brings to this device."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    variant: Variant
+    refs: tuple[BlobRef, ...]
+
+
+@contextmanager
+def _final(*, code: str | None = None) -> Iterator[None]:
+    """A damaged or unsuitable release is refused for good."""
+    try:
+        yield
+    except (ArtifactError, DeviceError) as error:
+        raise ReleaseRefused(code or error.code, error.message) from error
+
+
+class Installer:
+    """The steps, over one state folder."""
+
+    def __init__(self, config: AgentConfig, store: StateStore, slots: SlotStore, facts: DeviceFacts) -> None:
+        self._config = config
+        self._store = store
+        self._slots = slots
+        self._facts = facts
+        self._parts = config.state_path / "parts"
+
+    def enter(self, phase: Phase, plan: Plan) -> None:
+        """Write down what is about to be done."""
+        attempts = self._store.state.attempts + 1 if phase == "selftest" else self._store.state.attempts
+        self._store.update(phase=phase, intent=plan.intent, attempts=attempts)
+        logger.info("event=step phase=%s release=%s slot=%s", phase, plan.intent, plan.slot)
+        checkpoint(phase)
+
+    def settle(self) -> None:
+        """Nothing is being done any more."""
+        self._store.update(phase="idle", intent="", attempts=0)
+
+    def read(self, plan: Plan, data: bytes) -> Contents:
+        """Understand a manifest.
+
+        Raises:
+            ReleaseRefused: it is damaged, not what metadata says, or nothing in it runs here.
+        """
+        with _final():
+            manifest = decode_json(data, Manifest, name=plan.release.manifest_path)
+            check_manifest(manifest, plan.release)
+            variant = choose_variant(manifest, self._facts)
+            refs = needed_blobs(manifest, variant)
+        return Contents(manifest=manifest, manifest_bytes=data, variant=variant, refs=refs)
+
+    def fetch(self, plan: Plan, source: Source) -> Contents:
+        """Fetch the manifest, check that it fits, then fetch the blobs that are not here yet.
+
+        Raises:
+            ReleaseRefused: as :meth:`read`.
+            DeviceError: ``device.disk_full``.
+            EdgekitError: what the source raises.
+        """
+        contents = self.read(plan, source.fetch_manifest(plan.release))
+        with self._reclaiming(plan):
+            self._parts.mkdir(mode=0o700, exist_ok=True)
+            missing = [ref for ref in contents.refs if not self._find(ref, plan.slot)]
+            self._drop_parts(keep=missing)
+            self._check_disk(plan, missing)
+            for ref in missing:
+                source.fetch_blob(ref, self._parts)
+                checkpoint("fetched_blob")
+        return contents
+
+    def _find(self, ref: BlobRef, target: SlotName) -> SlotName | None:
+        """A slot other than the target that holds the blob."""
+        donor: SlotName = "a" if target == "b" else "b"
+        return donor if self._slots.has_blob(donor, ref) else None
+
+    def _part(self, ref: BlobRef) -> Path:
+        return self._parts / hex_of(ref.digest)
+
+    def _drop_parts(self, *, keep: Sequence[BlobRef]) -> None:
+        names = {hex_of(ref.digest) for ref in keep}
+        for path in self._parts.iterdir():
+            if path.name.split(".")[0] not in names:
+                path.unlink(missing_ok=True)
+
+    def _check_disk(self, plan: Plan, missing: Sequence[BlobRef]) -> None:
+        """Refuse early what cannot fit; give the other slot up first where that makes the difference."""
+        have = sum(path.stat().st_size for path in self._parts.iterdir())
+        needed = sum(ref.size_bytes for ref in missing) - have + self._config.disk_reserve_bytes
+        free = disk_free_bytes(self._parts)
+        if free >= needed:
+            return
+        if free + self._slots.size_bytes(plan.slot) >= needed and active_slot(self._store.state):
+            logger.warning("event=slot_given_up slot=%s reason=disk_space", plan.slot)
+            self._store.update_slot(Slot(name=plan.slot))
+            self._slots.clear(plan.slot)
+            free = disk_free_bytes(self._parts)
+        if free < needed:
+            raise disk_full(self._parts, needed, free)
+
+    @contextmanager
+    def _reclaiming(self, plan: Plan) -> Iterator[None]:
+        """On a full disk: no half-built slot stays, the space is free again, and the error says what was needed."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise DeviceError("device.disk_error", f"{plan.intent}: {error}.", hint="Check the disk.") from error
+            free = disk_free_bytes(self._config.state_path)
+            self._discard(plan)
+            raise disk_full(self._config.state_path, plan.release.info.installed_bytes, free) from error
+        except DeviceError as error:
+            if error.code == "device.disk_full":
+                self._discard(plan)
+            raise
+
+    def _discard(self, plan: Plan) -> None:
+        """Give back what an installation took. Freeing comes first: the state file needs space too."""
+        self._drop_parts(keep=())
+        if slot_of(self._store.state, plan.slot).status == "staging":
+            self._slots.clear(plan.slot)
+            self._store.update_slot(Slot(name=plan.slot))
+
+    def stage(self, plan: Plan, contents: Contents) -> None:
+        """Build the slot from the parts and the other slot's blobs.
+
+        Raises:
+            DeviceError: ``device.disk_full``.
+        """
+        donor: SlotName = "a" if plan.slot == "b" else "b"
+        with self._reclaiming(plan):
+            self._store.update_slot(self._describe(plan, contents, "staging"))
+            checkpoint("staging")
+            parts = [(ref, self._part(ref)) for ref in contents.refs]
+            self._slots.build(plan.slot, plan.release, contents.manifest_bytes, parts, donor)
+
+    def verify(self, plan: Plan, contents: Contents) -> None:
+        """Hash the slot as it lies on the disk, then call it verified.
+
+        Raises:
+            DeviceError: ``slot.damaged``; the slot is cleared, so that the next try begins with the download.
+        """
+        try:
+            self._slots.read_manifest(self._describe(plan, contents, "staging"))
+            self._slots.verify(plan.slot, contents.refs)
+        except DeviceError:
+            self._store.update_slot(Slot(name=plan.slot))
+            self._slots.clear(plan.slot)
+            raise
+        self._store.update_slot(self._describe(plan, contents, "verified"))
+
+    def _describe(self, plan: Plan, contents: Contents, status: str) -> Slot:
+        return Slot(
+            name=plan.slot,
+            status=status,  # type: ignore[arg-type]
+            model=contents.manifest.name,
+            version=contents.manifest.version,
+            counter=plan.release.info.counter,
+            manifest=plan.release.manifest_digest,
+            model_digest=contents.variant.model,
+        )
+
+    def contents_of(self, slot: Slot) -> Contents:
+        """What a filled slot holds.
+
+        Raises:
+            DeviceError: ``slot.damaged``.
+        """
+        manifest = self._slots.read_manifest(slot)
+        variant = next((v for v in manifest.variants if v.model == slot.model_digest), None)
+        if variant is None:
+            raise DeviceError("slot.damaged", f"slot {slot.name}: its manifest has no variant {slot.model_digest}.")
+        data = (self._slots.path(slot.name) / "manifest.json").read_bytes()
+        return Contents(manifest=manifest, manifest_bytes=data, variant=variant, refs=needed_blobs(manifest, variant))
+
+    def model_of(self, slot: Slot) -> Model:
+        """What a worker needs to serve a slot; every blob is hashed first.
+
+        Raises:
+            DeviceError: ``slot.damaged``.
+        """
+        contents = self.contents_of(slot)
+        self._slots.verify(slot.name, contents.refs)
+        return Model(manifest=contents.manifest, variant=contents.variant, blob_dir=str(self._slots.blob_dir(slot.name)))
+
+    def switch(self, plan: Plan) -> None:
+        """Make the slot the active one and raise the floor, in one write."""
+        state = self._store.state
+        slot = msgspec.structs.replace(slot_of(state, plan.slot), status="active", counter=plan.release.info.counter)
+        floors = state.floors.releases | {slot.model: max(slot.counter, state.floors.releases.get(slot.model, 0))}
+        before = active_slot(state)
+        slots = {slot.name: slot}
+        if before and before.name != slot.name:
+            slots[before.name] = msgspec.structs.replace(before, status="good")
+        self._store.update(
+            slots=tuple(slots.get(old.name, old) for old in state.slots),
+            active=slot.name,
+            floors=msgspec.structs.replace(state.floors, releases=floors),
+        )
+        checkpoint("switched")
+
+    def give_up(self, plan: Plan) -> None:
+        """Free a slot whose release was refused."""
+        if slot_of(self._store.state, plan.slot).status in {"staging", "verified"} and plan.slot != self._store.state.active:
+            self._store.update_slot(Slot(name=plan.slot))
+            self._slots.clear(plan.slot)

@@ -1,0 +1,102 @@
+"""The workers of one agent: at most one that serves, one that is being tested, and those that drain.
+
+A swap is always the same: start the next worker, let it prove itself, let it accept, drain the one before. Totals and
+figures are summed over all of them, so that nothing is lost with a worker's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from edgekit.agent.child import StatusMaker, WorkerProcess
+from edgekit.agent.config import AgentConfig
+from edgekit.agent.link import Figures, Model, Start
+
+logger = logging.getLogger(__name__)
+
+END_MARGIN_S = 5.0
+
+CrashHandler = Callable[[WorkerProcess], None]
+
+
+@dataclass
+class Workers:
+    """The set of workers; ``on_crash`` is called in the loop when the serving one dies."""
+
+    listener: socket.socket
+    config: AgentConfig
+    make_status: StatusMaker
+    on_crash: CrashHandler
+    current: WorkerProcess | None = None
+    _all: list[WorkerProcess] = field(default_factory=list)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _leftover: list[Figures] = field(default_factory=list)
+    _past: tuple[int, int] = (0, 0)
+
+    async def start(self, model: Model | None) -> WorkerProcess:
+        """Start a worker; it does not accept yet."""
+        config = self.config
+        start = Start(
+            model=model,
+            threads=config.threads,
+            max_request_bytes=config.max_request_bytes,
+            request_timeout_s=config.request_timeout_s,
+            drain_s=config.drain_s,
+        )
+        worker = await WorkerProcess.spawn(self.listener, start, self.make_status)
+        self._all.append(worker)
+        task = asyncio.ensure_future(self._follow(worker))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return worker
+
+    def switch(self, worker: WorkerProcess) -> None:
+        """Let the worker accept and the one before it drain."""
+        before, self.current = self.current, worker
+        worker.go()
+        if before is not None and before.is_running:
+            before.drain()
+
+    async def _follow(self, worker: WorkerProcess) -> None:
+        await worker.ended.wait()
+        self._all.remove(worker)
+        self._past = (self._past[0] + worker.requests, self._past[1] + worker.errors)
+        if worker.last is not None:
+            self._leftover.append(worker.last)
+        code = worker.process.returncode
+        logger.info("event=worker_ended pid=%d model=%s code=%s", worker.pid, worker.name.replace(" ", "_"), code)
+        if worker is self.current:
+            self.current = None
+            if not worker.is_expected_to_end:
+                self.on_crash(worker)
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Requests and errors since the agent's start."""
+        return (
+            self._past[0] + sum(worker.requests for worker in self._all),
+            self._past[1] + sum(worker.errors for worker in self._all),
+        )
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all workers."""
+        return [worker.pid for worker in self._all]
+
+    async def collect(self) -> Sequence[Figures]:
+        """What was counted since the last time, by every worker, those that ended included."""
+        answers = await asyncio.gather(*(worker.collect() for worker in self._all if worker.ready.done()))
+        leftover, self._leftover = self._leftover, []
+        return [*leftover, *(figures for figures in answers if figures is not None)]
+
+    async def stop(self) -> None:
+        """Drain all of them."""
+        self_ending = [worker.end(self.config.drain_s + END_MARGIN_S) for worker in list(self._all)]
+        await asyncio.gather(*self_ending, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), END_MARGIN_S)

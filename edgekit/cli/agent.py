@@ -1,0 +1,185 @@
+"""``edgekit agent``: run the on-device agent, and ask a running one."""
+
+from __future__ import annotations
+
+import http.client
+import json as jsonlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from edgekit.cli.console import format_bytes, format_seconds, note, out, out_json, paint, table
+from edgekit.errors import EnvironmentFault, UsageError
+
+if TYPE_CHECKING:
+    from edgekit.schema.state import AgentState, AgentStatus
+
+STATUS_SECONDS = 5.0
+
+app = typer.Typer(
+    help="The on-device agent: run it, ask it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _labels(pairs: list[str] | None) -> dict[str, str] | None:
+    if not pairs:
+        return None
+    labels = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UsageError("config.invalid", f"--label {pair}: expected NAME=VALUE.")
+        labels[name] = value
+    return labels
+
+
+@app.command()
+def run(  # noqa: PLR0917 - typer's options
+    config: Path | None = typer.Option(None, "--config", metavar="FILE", help="Settings as TOML; flags win over it."),
+    device: str | None = typer.Option(None, "--device", help="This device's name.  [default: from host name and machine id]"),
+    site: str | None = typer.Option(None, "--site", help="Where it stands.  [default: default]"),
+    state_dir: Path | None = typer.Option(None, "--state-dir", help="Slots, state and spool; private to the agent."),
+    repository: str | None = typer.Option(None, "--repository", metavar="URL", help="The update repository."),
+    root: Path | None = typer.Option(
+        None, "--root", metavar="FILE", help="The repository's first root metadata (1.root.json)."
+    ),
+    model: str | None = typer.Option(None, "--model", metavar="NAME", help="The model that this device runs."),
+    channel: str | None = typer.Option(None, "--channel", help="The channel that it follows.  [default: production]"),
+    poll_s: float | None = typer.Option(None, "--poll-s", help="Seconds between two looks at the repository.  [default: 60]"),
+    host: str | None = typer.Option(None, "--host", help="Address to serve on.  [default: 127.0.0.1]"),
+    port: int | None = typer.Option(None, "--port", help="Port to serve on; 0: any free one.  [default: 8080]"),
+    broker: str | None = typer.Option(None, "--broker", metavar="URL", help="mqtt(s)://host[:port]; none: no telemetry."),
+    window_s: float | None = typer.Option(None, "--window-s", help="Seconds of one telemetry window.  [default: 60]"),
+    threads: int | None = typer.Option(None, "--threads", help="Threads of one inference.  [default: 1]"),
+    label: list[str] | None = typer.Option(None, "--label", metavar="NAME=VALUE", help="Label of this device; repeat."),
+    allow_insecure: bool = typer.Option(False, "--allow-insecure", help="Allow plain http and mqtt off loopback."),
+) -> None:
+    """Run the agent in the foreground until SIGTERM or Ctrl-C. It logs key=value on stderr."""
+    from edgekit.agent.config import load_config
+    from edgekit.agent.daemon import run_agent
+
+    flags: dict[str, Any] = {
+        "device": device,
+        "site": site,
+        "state_dir": None if state_dir is None else str(state_dir.absolute()),
+        "repository": repository,
+        "root": None if root is None else str(root.absolute()),
+        "model": model,
+        "channel": channel,
+        "poll_s": poll_s,
+        "host": host,
+        "port": port,
+        "broker": broker,
+        "window_s": window_s,
+        "threads": threads,
+        "labels": _labels(label),
+        "allow_insecure": True if allow_insecure else None,
+    }
+    raise typer.Exit(run_agent(load_config(config, flags=flags)))
+
+
+def _ask(url: str) -> AgentStatus | None:
+    """The running agent's own view; None when nobody answers there."""
+    from edgekit.schema.base import decode_json
+    from edgekit.schema.state import AgentStatus
+
+    try:
+        address = f"{url.rstrip('/')}/status"
+        with urllib.request.urlopen(address, timeout=STATUS_SECONDS) as answer:  # noqa: S310 - http, by the callers
+            return decode_json(answer.read(), AgentStatus, name=f"{url}/status")
+    except (OSError, urllib.error.URLError, http.client.HTTPException):
+        return None
+
+
+def _url_of(state_dir: Path) -> str:
+    """Where the agent of a state folder says that it listens; empty when it does not run."""
+    try:
+        return str(jsonlib.loads((state_dir / "agent.json").read_text())["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _slots(state: AgentState) -> str:
+    rows = []
+    for slot in state.slots:
+        release = f"{slot.model}@{slot.version}" if slot.model else "-"
+        digest = (slot.model_digest or "").removeprefix("sha256:")[:12]
+        rows.append([slot.name, slot.status, release, str(slot.counter) if slot.counter else "-", digest or "-"])
+    return table(["slot", "status", "release", "counter", "model"], rows, right=[3])
+
+
+def _show_state(state: AgentState) -> None:
+    out(_slots(state))
+    for refusal in state.refusals:
+        release = f"{refusal.model}@{refusal.version}#{refusal.counter}"
+        out(f"{paint('refused', 'yellow')} {release}: {refusal.code}: {refusal.reason}")
+
+
+def _show(status: AgentStatus) -> None:
+    state = status.state
+    up = format_seconds(status.uptime_s)
+    out(f"{paint(state.device, 'bold')} ({status.site})  {status.url}  process {status.pid}, up {up}")
+    _show_state(state)
+    doing = state.phase + (f" {state.intent}" if state.intent else "")
+    out(f"phase {doing}; {status.requests} requests, {status.errors} errors; {status.rss_mb:.0f} MB resident")
+    broker = "connected" if status.is_broker_connected else "not connected"
+    out(f"broker {broker}; {status.outbox_messages} messages ({format_bytes(status.outbox_bytes)}) wait in the spool")
+    refreshed = status.last_refresh_at.isoformat(timespec="seconds") if status.last_refresh_at else "never"
+    out(f"repository last seen {refreshed}")
+    if status.last_error:
+        out(f"{paint('last error', 'red')} {status.last_error}")
+
+
+@app.command()
+def status(
+    state_dir: Path | None = typer.Option(None, "--state-dir", help="The agent's state folder."),
+    config: Path | None = typer.Option(None, "--config", metavar="FILE", help="The agent's settings."),
+    url: str | None = typer.Option(None, "--url", help="Where the agent serves, for example http://127.0.0.1:8080."),
+    json: bool = typer.Option(False, "--json", help="Print the record as JSON."),
+) -> None:
+    """Show what the agent serves and does. Exit 1 when it does not run: then only its state on disk is shown."""
+    from edgekit.agent.config import load_config
+
+    if url is not None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError("config.invalid", f"--url {url}: expected http://host:port.")
+        answer = _ask(url)
+        if answer is None:
+            hint = 'Start it with "edgekit agent run", or check the port.'
+            raise EnvironmentFault("agent.not_running", f"{url}: no agent answers there.", hint=hint)
+        out_json(answer) if json else _show(answer)
+        return
+    flags = {"state_dir": str(state_dir)} if state_dir else {}
+    folder = load_config(config, flags=flags).state_path
+    where = _url_of(folder)
+    answer = _ask(where) if where else None
+    if answer is not None:
+        out_json(answer) if json else _show(answer)
+        return
+    _show_stopped(folder, json=json)
+    raise typer.Exit(1)
+
+
+def _show_stopped(folder: Path, *, json: bool) -> None:
+    from edgekit.schema.base import decode_json
+    from edgekit.schema.state import AgentState
+
+    path = folder / "state.json"
+    try:
+        state = decode_json(path.read_bytes(), AgentState, name=str(path))
+    except OSError as error:
+        raise EnvironmentFault(
+            "agent.no_state", f"{path}: {error.strerror}; no agent ran with this state folder.", hint="Give its --state-dir."
+        ) from error
+    note("the agent does not run; this is its state on disk", "yellow")
+    if json:
+        out_json(state)
+    else:
+        _show_state(state)
