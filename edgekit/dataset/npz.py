@@ -29,7 +29,7 @@ def read_npz(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Array] = {name: file[name] for name in file.files}
-    except Exception as error:  # noqa: BLE001 - a damaged archive raises whatever zipfile, zlib and numpy run into
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib and numpy run into
         is_pickled = "allow_pickle" in str(error)
         what = "it holds pickled objects, which are never loaded" if is_pickled else f"not a readable .npz file: {error}"
         hint = "Save plain numeric arrays; pad or crop samples of different shapes."
