@@ -1,7 +1,8 @@
 """A latency histogram with logarithmic buckets, exactly mergeable by addition.
 
 The mapping is that of OpenTelemetry's exponential histogram at scale 3: bucket ``i`` holds (2^(i/8), 2^((i+1)/8)], eight
-buckets an octave, so a quantile is off by less than one bucket, 9 % of its value. Buckets are sparse; only those with counts are kept and sent. Values at
+buckets an octave, so a quantile is off by less than one bucket, 9 % of its value.
+Buckets are sparse; only those with counts are kept and sent. Values at
 or below zero, and those too small to matter, fall into the lowest bucket, those too large into the highest.
 
     >>> bins = LatencyHistogram()
