@@ -1,0 +1,206 @@
+"""``edgekit bundle``: make keys, pack and sign, verify, inspect."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.schema.digest import short
+
+if TYPE_CHECKING:
+    from edgekit.bundle.reader import Bundle
+    from edgekit.bundle.sampling import OpenedModel
+    from edgekit.schema.candidate import Candidate
+    from edgekit.schema.manifest import Manifest
+
+app = typer.Typer(
+    help="Pack, verify and inspect signed bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def keygen(
+    destination: Path = typer.Option(..., "--out", metavar="NAME", help="Writes NAME.pem (private, 0600) and NAME.pub."),
+) -> None:
+    """Make a publisher's key pair. EDGEKIT_KEY_PASSPHRASE encrypts the private key."""
+    from edgekit.trust.keys import save_public_key
+    from edgekit.trust.signer import generate_signer, save_signer
+
+    base = destination.with_suffix("") if destination.suffix in {".pem", ".pub"} else destination
+    private, public = base.with_name(base.name + ".pem"), base.with_name(base.name + ".pub")
+    if public.exists():
+        raise UsageError("key.exists", f"{public}: exists already and is not replaced.", hint="Give another name.")
+    signer = generate_signer()
+    save_signer(signer, private)
+    save_public_key(signer.public_key, public)
+    out(signer.keyid)
+    note(f"{private}: private key, keep it; {public}: public key, give it to who verifies")
+
+
+@app.command()
+def pack(  # noqa: PLR0917 - options
+    folder: Path = typer.Argument(..., metavar="DIR", help="Output folder of edgekit optimize."),
+    name: str = typer.Option(..., "--name", help="The model's name, lower case."),
+    version: str = typer.Option(..., "--version", help="The release's version, for example 1.0.0."),
+    key: list[Path] = typer.Option([], "--key", help="The publisher's private key; several sign together."),
+    data: str = typer.Option("", "--data", metavar="DATA", help="Real samples to make golden samples from."),
+    golden: int = typer.Option(8, "--golden", min=1, max=64, help="Golden samples to keep."),
+    destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
+) -> None:
+    """Make golden samples, pack the candidate and sign it."""
+    from edgekit.bundle.reader import read_bundle
+    from edgekit.bundle.writer import pack_bundle, read_candidate
+    from edgekit.trust.signer import load_signer
+
+    if not key:
+        raise UsageError(
+            "bundle.no_key", "no --key to sign with.", hint='Make one: "edgekit bundle keygen --out keys/publisher".'
+        )
+    candidate, _ = read_candidate(folder)
+    signers = [load_signer(path) for path in key]
+    if not candidate.verdict.is_budget_met:
+        warn(f"{candidate.name} misses its budget: {candidate.verdict.reason}")
+    if not data:
+        warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
+    path = pack_bundle(
+        folder,
+        destination or Path(f"{name}-{version}.edgekit"),
+        name=name,
+        version=version,
+        signer=signers,
+        open_session=_open,
+        data=_load_samples(candidate, data) if data else None,
+        golden_samples=golden,
+        arch=_arch_of(candidate),
+        created_at=_source_date(),
+    )
+    bundle = read_bundle(path)
+    out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(bundle.manifest_digest)}")
+
+
+def _open(path: Path, *, threads: int, is_optimized: bool) -> OpenedModel:
+    from edgekit.runtime.registry import open_session
+    from edgekit.runtime.session import SessionOptions
+
+    return open_session(path, options=SessionOptions(threads=threads, is_optimized=is_optimized))
+
+
+def _load_samples(candidate: Candidate, spec: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - the dataset's own type
+    from edgekit.dataset.load import load_dataset
+
+    return load_dataset(spec, candidate.artifact.inputs if candidate.artifact else ())
+
+
+def _arch_of(candidate: Candidate) -> tuple[str, ...]:
+    """The architecture that the target has; nothing is required where its profile is not on this machine."""
+    from edgekit.target.load import load_target
+
+    try:
+        return (load_target(candidate.target).arch,)
+    except EdgekitError:
+        warn(f"target {candidate.target}: no such profile here, so the bundle does not require an architecture")
+        return ()
+
+
+def _source_date() -> datetime | None:
+    """SOURCE_DATE_EPOCH, for bytes that can be made again."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(text), UTC) if text.isascii() and text.isdigit() else None
+
+
+@app.command()
+def verify(
+    file: Path = typer.Argument(..., metavar="FILE", help="The bundle."),
+    key: list[Path] = typer.Option([], "--key", metavar="PUB", help="A publisher's public key that you trust."),
+) -> None:
+    """Check structure, digests and signature. Exit 4: refused."""
+    from edgekit.bundle.reader import verify_bundle
+    from edgekit.trust.keys import load_public_key
+
+    bundle = verify_bundle(file, [load_public_key(path) for path in key])
+    keyids = ", ".join(f"{keyid[:12]}…" for keyid in bundle.keyids)
+    out(f"{file.name}: {bundle.manifest.name}@{bundle.manifest.version} is intact, signed by {keyids}")
+
+
+@app.command()
+def inspect(
+    file: Path = typer.Argument(..., metavar="FILE", help="The bundle."),
+    key: list[Path] = typer.Option([], "--key", metavar="PUB", help="Check the signature with this public key, too."),
+    json: bool = typer.Option(False, "--json", help="Print the manifest as JSON."),
+) -> None:
+    """Show what a bundle holds and how it was made."""
+    from edgekit.bundle.reader import read_bundle, verify_bundle
+    from edgekit.trust.keys import load_public_key
+
+    bundle = verify_bundle(file, [load_public_key(path) for path in key]) if key else read_bundle(file)
+    if not key:
+        note("not verified: nobody checked who signed this; give --key PUB", "yellow")
+    if json:
+        out_json(bundle.manifest)
+        return
+    _show(bundle)
+
+
+def _show(bundle: Bundle) -> None:
+    from edgekit.schema.base import decode_msgpack
+    from edgekit.schema.manifest import GoldenSet
+
+    manifest = bundle.manifest
+    state = paint("verified", "green") if bundle.is_verified else paint("not verified", "yellow")
+    lines = [
+        ("release", f"{manifest.name}@{manifest.version}, {manifest.created_at:%Y-%m-%d %H:%M} UTC"),
+        ("manifest", f"sha256:{bundle.manifest_digest.removeprefix('sha256:')}"),
+        ("signed by", f"{', '.join(bundle.keyids)} ({state})"),
+        ("target", manifest.target),
+        *_quality(manifest.candidate),
+        *_contract(manifest),
+    ]
+    for variant in manifest.variants:
+        needs = variant.requires
+        rest = " ".join([*needs.arch, *needs.isa])
+        lines.append(("variant", f"{variant.name}: {variant.format} {variant.precision}, needs {needs.runtime} "
+                                 f">= {needs.runtime_version or 'any'} {rest}".rstrip()))  # fmt: skip
+        golden = decode_msgpack(bundle.blob(variant.golden), GoldenSet, name="golden samples")
+        lines.append(("golden", f"{len(golden.samples)} samples; {golden.tolerance_reason}"))
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        out(f"{paint(label.ljust(width), 'bold')}  {text}")
+    out()
+    rows = [[ref.path, ref.role, format_bytes(ref.size_bytes), short(ref.digest)] for ref in manifest.blobs]
+    out(table(["blob", "role", "size", "sha256"], rows, right=[2]))
+
+
+def _quality(candidate: Candidate) -> list[tuple[str, str]]:
+    lines = [("candidate", f"{candidate.name}: {candidate.verdict.status}, {candidate.verdict.reason}")]
+    if evaluation := candidate.evaluation:
+        text = f"{evaluation.metric} {evaluation.value:.4f} (fp32 {evaluation.baseline:.4f}, drop {evaluation.drop:+.4f})"
+        lines.append(("accuracy", f"{text} on {evaluation.samples} samples"))
+    if latency := candidate.latency:
+        where = "on the target" if latency.is_on_target else f"not on the target, on {latency.host.cpu}"
+        lines.append(("latency", f"p50 {latency.p50_ms:.3f} ms, p99 {latency.p99_ms:.3f} ms, measured {where}"))
+    steps = " → ".join(step.name for step in candidate.lineage) or "no pass"
+    lines.append(("lineage", f"{candidate.source.spec} (sha256:{short(candidate.source.digest)}) → {steps}"))
+    return lines
+
+
+def _contract(manifest: Manifest) -> list[tuple[str, str]]:
+    contract = manifest.contract
+    lines = []
+    for spec in contract.inputs:
+        low, high = spec.minimum, spec.maximum
+        bounds = f" in {low:g}..{high:g}" if low is not None and high is not None else ""
+        lines.append(("input", f"{spec.name}: {spec.dtype}{list(spec.shape)}{bounds}"))
+    lines += [("output", f"{spec.name}: {spec.dtype}{list(spec.shape)}") for spec in contract.outputs]
+    if contract.labels:
+        lines.append(("labels", ", ".join(contract.labels)))
+    return lines

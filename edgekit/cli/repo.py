@@ -1,0 +1,180 @@
+"""``edgekit repo``: create an update repository, trust publishers, publish, look, refresh, serve."""
+
+from __future__ import annotations
+
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
+
+if TYPE_CHECKING:
+    from edgekit.repository.store import RepositoryStatus
+
+app = typer.Typer(
+    help="The update repository: init, trust, publish, status, refresh, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+FOLDER = typer.Argument(..., metavar="DIR", help="The repository.")
+JSON = typer.Option(False, "--json", help="Print the record as JSON.")
+
+
+@app.command()
+def init(
+    folder: Path = FOLDER,
+    keys: Path | None = typer.Option(None, "--keys", metavar="KEYS", help="For the private keys. Default: DIR/../keys."),
+    json: bool = JSON,
+) -> None:
+    """Create a repository with its keys (root, targets, snapshot, timestamp)."""
+    from edgekit.repository.store import init_repository
+
+    status = init_repository(folder, keys_dir=keys)
+    if json:
+        out_json(status)
+        return
+    out(f"{folder}: repository; give {folder / 'metadata' / '1.root.json'} to each device")
+    note(f"private keys are in {status.keys_dir}: keep root.pem off this machine once the repository is set up")
+
+
+@app.command()
+def trust(folder: Path = FOLDER, key: Path = typer.Argument(..., metavar="PUBKEY", help="A publisher's public key.")) -> None:
+    """Trust a publisher: its bundles may be published here."""
+    from edgekit.repository.store import add_publisher
+
+    out(add_publisher(folder, key).keyid)
+
+
+@app.command()
+def publish(  # noqa: PLR0917 - options
+    folder: Path = FOLDER,
+    bundle: Path = typer.Argument(..., metavar="BUNDLE", help="The .edgekit file."),
+    channel: str = typer.Option("production", "--channel", help="Where devices look for it."),
+    key: list[Path] = typer.Option([], "--key", metavar="PUB", help="Trust this publisher for this once."),
+    again: bool = typer.Option(False, "--again", help="Publish an old release again, as the newest: rolls devices back."),
+    notes: str = typer.Option("", "--notes", help="For people."),
+    json: bool = JSON,
+) -> None:
+    """Verify a bundle and make it a release. Exit 4: the bundle was refused."""
+    from edgekit.repository.store import publish as publish_bundle
+    from edgekit.trust.keys import load_public_key
+
+    keys = [load_public_key(path) for path in key]
+    release = publish_bundle(folder, bundle, channel=channel, keys=keys, is_again=again, notes=notes)
+    if json:
+        out_json(release)
+        return
+    info = release.info
+    out(f"{info.name}@{info.version} is release {info.counter} on {info.channel}, {format_bytes(info.installed_bytes)}")
+
+
+@app.command()
+def status(folder: Path = FOLDER, json: bool = JSON) -> None:
+    """Show releases, channels, and when each role's signature expires."""
+    from edgekit.repository.store import repository_status
+
+    found = repository_status(folder)
+    if json:
+        out_json(found)
+        return
+    _show(found)
+
+
+def _show(found: RepositoryStatus) -> None:
+    releases = [
+        [
+            release.info.name,
+            release.info.version,
+            release.info.channel,
+            str(release.info.counter),
+            f"{release.info.published_at:%Y-%m-%d %H:%M}",
+            format_bytes(release.info.installed_bytes),
+        ]
+        for release in found.releases
+    ]
+    out(table(["model", "version", "channel", "counter", "published (UTC)", "size"], releases, right=[3, 5]))
+    if not releases:
+        out("(no release yet)")
+    out()
+    rows = [
+        [
+            role.role,
+            str(role.version),
+            _expiry(role.expires_at, is_expired=role.is_expired),
+            f"{role.threshold} of {', '.join(keyid[:12] for keyid in role.keyids)}",
+        ]
+        for role in found.roles
+    ]
+    out(table(["role", "version", "expires (UTC)", "keys"], rows, right=[1]))
+    publishers = ", ".join(f"{keyid[:12]}…" for keyid in found.publishers)
+    out(f"\npublishers: {publishers or 'none; add one with edgekit repo trust'}")
+    if any(role.is_expired for role in found.roles):
+        warn(f'devices refuse this repository until it is signed again: "edgekit repo refresh {found.folder}"')
+
+
+def _expiry(moment: datetime, *, is_expired: bool) -> str:
+    left = moment - datetime.now(UTC)
+    text = f"{moment:%Y-%m-%d %H:%M}"
+    if is_expired:
+        return paint(f"{text} (expired)", "red")
+    return f"{text} (in {left.days} d {left.seconds // 3600} h)"
+
+
+@app.command()
+def refresh(
+    folder: Path = FOLDER,
+    targets: bool = typer.Option(False, "--targets", help="Sign the targets again, too."),
+    json: bool = JSON,
+) -> None:
+    """Sign timestamp and snapshot again; run it daily, so that devices go on to trust the repository."""
+    from edgekit.repository.store import refresh_repository
+
+    found = refresh_repository(folder, is_targets_too=targets)
+    if json:
+        out_json(found)
+        return
+    for role in found.roles:
+        out(f"{role.role.ljust(9)}  version {role.version}, expires {_expiry(role.expires_at, is_expired=role.is_expired)}")
+
+
+@app.command()
+def check(folder: Path = FOLDER) -> None:
+    """Compare every manifest and blob with its digest. Exit 1: something is missing or damaged."""
+    from edgekit.repository.store import check_repository
+
+    faults = check_repository(folder)
+    for fault in faults:
+        out(fault)
+    if faults:
+        note('publish the bundles again, with "--again", to repair them')
+        raise typer.Exit(1)
+    out(f"{folder}: every release is complete")
+
+
+@app.command()
+def serve(
+    folder: Path = FOLDER,
+    host: str = typer.Option("127.0.0.1", "--host", help="An address of this machine."),
+    port: int = typer.Option(8600, "--port", min=0, max=65535, help="0 takes a free one."),
+    cert: Path | None = typer.Option(None, "--cert", help="TLS certificate chain, PEM."),
+    key: Path | None = typer.Option(None, "--key", help="TLS private key, PEM."),
+) -> None:
+    """Serve a repository over HTTP, with Range. Only metadata, targets and blobs are served."""
+    from edgekit.repository.server import is_loopback, serve_repository
+
+    if not is_loopback(host) and cert is None:
+        warn("serving other machines without TLS: put TLS termination in front, or give --cert and --key")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        serve_repository(folder, host, port, cert=cert, key=key, on_ready=lambda url: note(f"{folder}: serving at {url}"))
+    except KeyboardInterrupt:
+        note("stopped")
