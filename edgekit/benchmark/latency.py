@@ -1,0 +1,214 @@
+"""Latency of any number of models against a baseline, in one interleaved run.
+
+Every round runs each model once, in an order drawn anew, so that whatever the machine does meanwhile (other processes,
+frequency, heat) falls on all alike. The baseline takes part twice, the second time as a session of its own where the caller gives
+a twin (two sessions of one file differ by a percent: they lie elsewhere in memory); what they differ by is the noise floor.
+Ratios are of medians over the same rounds, with a paired bootstrap interval (Efron and Tibshirani, "An Introduction to the Bootstrap",
+1993, percentile method). Timings exclude the first runs, until the median settles.
+
+    >>> from edgekit.benchmark.latency import measure
+    >>> measure({"fp32": a, "int8": b}, feeds, baseline="fp32", is_on_target=True, threads=1)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.benchmark.fingerprint import fingerprint
+from edgekit.errors import UsageError
+from edgekit.runtime.session import Array, Session
+from edgekit.schema.measurement import LatencyReport
+
+Progress = Callable[[str, float], None]
+Times = NDArray[np.float64]
+
+WARMUP_WINDOW = 8
+WARMUP_TOLERANCE = 0.02
+MAX_WARMUP_SECONDS = 2.0
+MAX_ROUNDS = 20_000
+RESAMPLES = 1000
+BLOCK = 1_000_000
+_TWIN = "\0twin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Milliseconds by model, one row a round; ``twin`` is the baseline's second run in each round."""
+
+    runs: dict[str, Times]
+    twin: Times
+    warmup_runs: dict[str, int]
+
+
+def _time_once(session: Session, feeds: Mapping[str, Array]) -> float:
+    started = time.perf_counter_ns()
+    session.run(feeds)
+    return (time.perf_counter_ns() - started) / 1e6
+
+
+def warm_up(session: Session, feeds: Mapping[str, Array]) -> int:
+    """Run until the median of the last runs is within 2 % of that of the runs before, or for two seconds.
+
+    Returns:
+        How many runs it took.
+    """
+    times: list[float] = []
+    deadline = time.perf_counter() + MAX_WARMUP_SECONDS
+    while True:
+        times.append(_time_once(session, feeds))
+        if len(times) >= 2 * WARMUP_WINDOW:
+            before = float(np.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW]))
+            now = float(np.median(times[-WARMUP_WINDOW:]))
+            if abs(now - before) <= WARMUP_TOLERANCE * before:
+                return len(times)
+        if time.perf_counter() > deadline and len(times) >= 2:
+            return len(times)
+
+
+def collect(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, Array],
+    *,
+    baseline: str,
+    twin: Session | None = None,
+    seconds: float,
+    min_runs: int,
+    seed: int,
+    on_progress: Progress | None = None,
+) -> Timings:
+    """Warm every session up, then time them round by round.
+
+    Args:
+        sessions: models by name.
+        feeds: one request, the same for all.
+        baseline: the name of the session to compare with.
+        twin: a second session of the baseline's model; without it the baseline's own session runs twice a round.
+        seconds: time for each session; the whole run takes about (number of sessions + 1) times as long.
+        min_runs: at least so many rounds, whatever they take.
+        seed: draws the order within the rounds.
+        on_progress: called now and then with a text and the fraction done.
+    """
+    warmups = {name: warm_up(session, feeds) for name, session in sessions.items()}
+    if twin:
+        warm_up(twin, feeds)
+    entries = [*sessions.items(), (_TWIN, twin or sessions[baseline])]
+    rows: list[list[float]] = []
+    generator = np.random.default_rng(seed)
+    started = time.perf_counter()
+    budget = seconds * len(entries)
+    while len(rows) < MAX_ROUNDS:
+        row = [0.0] * len(entries)
+        for position in generator.permutation(len(entries)):
+            row[position] = _time_once(entries[position][1], feeds)
+        rows.append(row)
+        spent = time.perf_counter() - started
+        if len(rows) >= min_runs and spent >= budget:
+            break
+        if on_progress and len(rows) % 16 == 0:
+            on_progress(f"timing {len(sessions)} models, round {len(rows)}", min(1.0, max(spent / budget, 0.0)))
+    table = np.asarray(rows, dtype=np.float64)
+    runs = {name: table[:, i] for i, (name, _session) in enumerate(entries) if name != _TWIN}
+    return Timings(runs=runs, twin=table[:, -1], warmup_runs=warmups)
+
+
+def bootstrap_medians(samples: Times, *, seed: int) -> Times:
+    """Medians of resampled rounds.
+
+    Args:
+        samples: float64 [rounds, models].
+        seed: draws the resamples.
+
+    Returns:
+        float64 [resamples, models]; the same rounds for every model, so that ratios are paired.
+    """
+    rounds = len(samples)
+    if rounds > 2000:  # the interval of a median settles long before; a regular subset keeps this fast
+        samples = samples[:: rounds // 1000]
+        rounds = len(samples)
+    generator = np.random.default_rng(seed)
+    step = max(1, BLOCK // (rounds * samples.shape[1]))
+    parts = [
+        np.median(samples[generator.integers(0, rounds, (min(step, RESAMPLES - start), rounds))], axis=1)
+        for start in range(0, RESAMPLES, step)
+    ]
+    return np.concatenate(parts)
+
+
+def _interval(values: Times) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def measure(
+    sessions: Mapping[str, Session],
+    feeds: Mapping[str, Array],
+    *,
+    baseline: str,
+    is_on_target: bool,
+    threads: int,
+    twin: Session | None = None,
+    seconds: float = 2.0,
+    min_runs: int = 50,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> dict[str, LatencyReport]:
+    """Time models against each other.
+
+    Args:
+        sessions: models by name, loaded with ``threads`` threads.
+        feeds: one request by input name, the same for all.
+        baseline: the name of the session that ratios compare with.
+        is_on_target: whether this machine is the target's hardware.
+        threads: for the report.
+        twin: a second session of the baseline's model, for the noise floor.
+        seconds: time for each session.
+        min_runs: at least so many runs of each.
+        seed: draws orders and resamples.
+        on_progress: called with a text and the fraction done.
+
+    Returns:
+        A report by name; the baseline's has no ratio.
+
+    Raises:
+        UsageError: ``benchmark.baseline`` when the baseline is not among the sessions.
+    """
+    if baseline not in sessions:
+        raise UsageError("benchmark.baseline", f"{baseline}: not among the models.", hint=f"Choose from {', '.join(sessions)}.")
+    timings = collect(
+        sessions, feeds, baseline=baseline, twin=twin, seconds=seconds, min_runs=min_runs, seed=seed, on_progress=on_progress
+    )
+    names = list(timings.runs)
+    samples = np.stack([timings.runs[name] for name in names], axis=1)
+    noise = abs(float(np.median(timings.runs[baseline]) / np.median(timings.twin)) - 1.0)
+    resampled = bootstrap_medians(samples, seed=seed)
+    base = names.index(baseline)
+    base_median = float(np.median(samples[:, base]))
+    reports = {}
+    for i, name in enumerate(names):
+        p50, p90, p99 = (float(value) for value in np.percentile(samples[:, i], [50, 90, 99]))
+        low, high = _interval(resampled[:, i])
+        ratio_low, ratio_high = _interval(resampled[:, i] / resampled[:, base])
+        is_baseline = name == baseline
+        reports[name] = LatencyReport(
+            host=fingerprint(sessions[name].runtime, sessions[name].runtime_version),
+            is_on_target=is_on_target,
+            threads=threads,
+            warmup_runs=timings.warmup_runs[name],
+            runs=len(samples),
+            p50_ms=p50,
+            p90_ms=p90,
+            p99_ms=p99,
+            mean_ms=float(samples[:, i].mean()),
+            p50_low_ms=low,
+            p50_high_ms=high,
+            noise=noise,
+            ratio=None if is_baseline else p50 / base_median,
+            ratio_low=None if is_baseline else ratio_low,
+            ratio_high=None if is_baseline else ratio_high,
+        )
+    return reports
