@@ -44,7 +44,7 @@ class GoldenResult:
 
 def tensor_data(array: Array) -> TensorData:
     """An array as data: C-contiguous, little-endian."""
-    plain = np.ascontiguousarray(array)
+    plain = np.asarray(array, order="C")
     little = plain.astype(plain.dtype.newbyteorder("<"), copy=False)
     return TensorData(dtype=plain.dtype.name, shape=tuple(plain.shape), data=little.tobytes())  # type: ignore[arg-type]
 

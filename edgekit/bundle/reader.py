@@ -47,7 +47,7 @@ from edgekit.schema.base import decode_json
 from edgekit.schema.digest import CHUNK_BYTES, digest_bytes, short
 from edgekit.schema.manifest import MANIFEST_MEDIA_TYPE, BlobRef, Manifest
 from edgekit.trust.dsse import Envelope, decode_envelope, valid_keys
-from edgekit.trust.keys import PublicKey
+from edgekit.trust.keys import PublicKey, unique_keys
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """Bound of the manifest and of the envelope, which are read into memory."""
@@ -294,7 +294,7 @@ def verify_bundle(path: Path, keys: Iterable[PublicKey], *, threshold: int = 1) 
         TrustError: ``bundle.malformed``, ``bundle.too_large``, ``bundle.digest_mismatch``, ``bundle.unsigned``,
             ``bundle.untrusted_key`` or ``bundle.signature_invalid``.
     """
-    trusted = tuple(keys)
+    trusted = unique_keys(keys)
     if not trusted:
         raise UsageError("bundle.no_keys", f"{path.name}: no publisher key to verify with.", hint="Give --key PUB.")
     try:
