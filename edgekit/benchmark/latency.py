@@ -1,10 +1,10 @@
 """Latency of any number of models against a baseline, in one interleaved run.
 
 Every round runs each model once, in an order drawn anew, so that whatever the machine does meanwhile (other processes,
-frequency, heat) falls on all alike. The baseline takes part twice, the second time as a session of its own where the caller gives
-a twin (two sessions of one file differ by a percent: they lie elsewhere in memory); what they differ by is the noise floor.
-Ratios are of medians over the same rounds, with a paired bootstrap interval (Efron and Tibshirani, "An Introduction to the Bootstrap",
-1993, percentile method). Timings exclude the first runs, until the median settles.
+frequency, heat) falls on all alike. The baseline takes part twice, the second time as a session of its own where the caller
+gives a twin (two sessions of one file differ by a percent: they lie elsewhere in memory); what the two differ by is the noise
+floor. Ratios are of medians over the same rounds, with a paired bootstrap interval (Efron and Tibshirani, "An Introduction
+to the Bootstrap", 1993, percentile method). Timings exclude the first runs, until the median settles.
 
     >>> from edgekit.benchmark.latency import measure
     >>> measure({"fp32": a, "int8": b}, feeds, baseline="fp32", is_on_target=True, threads=1)  # doctest: +SKIP

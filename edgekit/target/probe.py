@@ -4,7 +4,8 @@ Every function takes the root folder, so that recorded machines can be read as w
 
 A host *is* a target when a latency measured here may be called measured on the target: the architectures are equal, the flags
 that choose kernels are exactly equal (more is not the same: VNNI changes the int8 kernels), and a board profile's
-``device_model`` is what the firmware says. Generic x86-64 profiles have no ``device_model``: there the instruction set decides.
+``device_model`` is what the firmware says. AVX-VNNI beside AVX512-VNNI makes no difference: the wider
+kernels are taken. Generic x86-64 profiles have no ``device_model``: there the instruction set decides.
 """
 
 from __future__ import annotations
@@ -175,11 +176,17 @@ def probe_target(name: str = "this-machine", *, root: Path = ROOT) -> TargetProf
     )
 
 
+def _kernel_flags(isa: tuple[str, ...]) -> frozenset[str]:
+    """The flags that decide which kernels run."""
+    flags = frozenset(isa)
+    return flags - {"avx_vnni"} if "avx512_vnni" in flags else flags
+
+
 def is_host(profile: TargetProfile, *, root: Path = ROOT) -> bool:
     """Whether the machine is the profile's hardware, as the module's docstring says."""
     fields = _cpuinfo(root)
     arch = _arch(fields)
-    if profile.arch != arch or set(profile.isa) != set(_isa(fields, arch)):
+    if profile.arch != arch or _kernel_flags(profile.isa) != _kernel_flags(_isa(fields, arch)):
         return False
     if profile.device_model:
         return profile.device_model in device_model(root)
