@@ -110,7 +110,7 @@ def collect(
         if len(rows) >= min_runs and spent >= budget:
             break
         if on_progress and len(rows) % 16 == 0:
-            on_progress(f"timing {len(sessions)} models, round {len(rows)}", min(1.0, max(spent / budget, 0.0)))
+            on_progress(f"timing {len(sessions)} models", min(1.0, max(spent / budget, 0.0)))
     table = np.asarray(rows, dtype=np.float64)
     runs = {name: table[:, i] for i, (name, _session) in enumerate(entries) if name != _TWIN}
     return Timings(runs=runs, twin=table[:, -1], warmup_runs=warmups)
