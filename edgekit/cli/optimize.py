@@ -1,0 +1,196 @@
+"""``edgekit optimize``: find the fastest form of a model that meets a budget on a target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edgekit.cli.console import Progress, format_seconds, note, out, out_json, paint, table, warn
+from edgekit.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgekit.compiler.preparation import OptimizeRequest
+    from edgekit.compiler.result import OptimizeResult
+    from edgekit.schema.candidate import Candidate
+
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+EFFORTS = ("fast", "default", "max")
+MARKS = {"chosen": "chosen", "passed": "meets", "missed": "misses", "failed": "failed"}
+
+
+@app.command()
+def optimize(  # noqa: PLR0917  typer passes them by name
+    model: str = typer.Argument(help="An .onnx file, package.module:factory or file.py:factory (torch), or a TrainTask."),
+    target: str = typer.Option(..., "--target", "-t", help="Name of a target profile, or a .toml file; host is this machine."),
+    data: str = typer.Option(
+        ..., "--data", "-d", help="Calibration data: .npz, folder of images, .csv, .parquet, module:function."
+    ),
+    evaluation: str | None = typer.Option(None, "--eval", help="Evaluation data; without it the calibration data is used."),
+    metric: str | None = typer.Option(None, help="top1, agreement, sqnr_db, … or module:function."),
+    budget: str | None = typer.Option(None, help='For example "top1_drop<=0.01, latency_ms<=5, size_mb<=2".'),
+    output: Path | None = typer.Option(None, "--out", "-o", help="Output folder; default edgekit-out/<model>-<target>."),
+    effort: str = typer.Option("default", help="fast, default or max."),
+    seed: int = typer.Option(0, help="Of everything that is drawn at random."),
+    weights: Path | None = typer.Option(None, help="State dict of a torch model."),
+    shapes: list[str] = typer.Option([], "--input", help="name=1,3,224,224 of a torch model without example inputs."),
+    threads: int | None = typer.Option(None, min=1, help="Threads of the timing; default: the target's."),
+    labels: Path | None = typer.Option(None, help="File with the names of the classes, one a line."),
+    is_json: bool = typer.Option(False, "--json", help="Print the chosen candidate's record and nothing else."),
+    is_dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan of candidates and stop."),
+    is_quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress on stderr."),
+) -> int:
+    """Find the fastest form of MODEL that meets the budget on the target, and prove it.
+
+    Every candidate is made, evaluated on the same data and timed in one interleaved run. Exit 0: the budget is met. Exit 1: it
+    is not; the best candidate is written all the same.
+    """
+    from edgekit.compiler.preparation import OptimizeRequest
+
+    if effort not in EFFORTS:
+        raise UsageError("effort.unknown", f"{effort}: no such effort.", hint=f"Choose from {', '.join(EFFORTS)}.")
+    request = OptimizeRequest(
+        model=model,
+        target=target,
+        data=data,
+        evaluation=evaluation,
+        metric=metric,
+        budget=budget,
+        out=output,
+        effort=effort,  # type: ignore[arg-type]
+        seed=seed,
+        weights=weights,
+        input_shapes=_parse_shapes(shapes),
+        labels=_read_labels(labels),
+        threads=threads,
+    )
+    if is_dry_run:
+        _print_plan(request, is_quiet=is_quiet)
+        return 0
+    return _run(request, is_json=is_json, is_quiet=is_quiet)
+
+
+def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> int:
+    from edgekit.compiler.output import WORK, default_out
+    from edgekit.compiler.pipeline import optimize as run
+
+    progress = Progress(is_quiet=is_quiet)
+    try:
+        result = run(request, lambda event: progress.update(event.stage, event.done))
+    except KeyboardInterrupt:
+        progress.clear()
+        where = f"{request.out}/{WORK}" if request.out else f"edgekit-out/…/{WORK}"
+        note(f"interrupted: what is finished is kept in {where}; the same command goes on from there", "yellow")
+        raise
+    progress.clear()
+    folder = request.out or default_out(_stem_of(result), result.target.name)
+    for text in result.warnings:
+        warn(text)
+    if is_json:
+        out_json(result.chosen)
+    else:
+        _print_result(result, folder)
+    return 0 if result.is_budget_met else 1
+
+
+def _stem_of(result: OptimizeResult) -> str:
+    from edgekit.compiler.source import stem_of
+
+    return stem_of(result.request.model)
+
+
+def _parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """``name=1,3,224,224`` as a shape by name.
+
+    Raises:
+        UsageError: ``input.unparsable``.
+    """
+    shapes = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        parts = numbers.replace("x", ",").split(",")
+        if not name or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            raise UsageError(
+                "input.unparsable", f"--input {text}: expected name=shape.", hint="For example --input image=1,3,224,224."
+            )
+        shapes[name.strip()] = tuple(int(part) for part in parts)
+    return shapes
+
+
+def _read_labels(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "labels.unreadable", f"{path}: cannot be read: {error}.", hint="A text file with one class name a line."
+        ) from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise UsageError(
+            "labels.unreadable", f"{path}: has no class names.", hint="One class name a line, in the classes' order."
+        )
+    return names
+
+
+def _print_plan(request: OptimizeRequest, *, is_quiet: bool) -> None:
+    from edgekit.compiler.preparation import Reporter, plan_candidates, prepare
+
+    progress = Progress(is_quiet=is_quiet)
+    prepared = prepare(request, Reporter(lambda event: progress.update(event.stage, event.done)))
+    progress.clear()
+    for text in prepared.warnings:
+        warn(text)
+    rows = [
+        [planned.recipe.name, " + ".join(spec.describe() for spec in planned.recipe.passes) or "-", planned.obstacle or "yes"]
+        for planned in plan_candidates(prepared)
+    ]
+    out(table(["candidate", "passes", "possible"], rows))
+    budget = prepared.budget.text if prepared.budget else f"default for {prepared.metric.name}"
+    out(f"target {prepared.target.name}, metric {prepared.metric.name}, budget {budget}, output {prepared.out}")
+
+
+def _print_result(result: OptimizeResult, folder: Path) -> None:
+    kind = "measured" if result.chosen.latency and result.chosen.latency.is_on_target else "host"
+    metric = result.request.metric
+    headers = ["candidate", metric, "drop", "95 % interval", f"p50 ms ({kind})", "ratio", "kB", "verdict", "reason"]
+    rows = [_row(candidate) for candidate in result.candidates]
+    out(table(headers, rows, right=[1, 2, 4, 5, 6]))
+    out()
+    out(paint(result.verdict, "bold", "green" if result.is_budget_met else "yellow"))
+    default = " (the default: none was given)" if result.request.is_default_budget else ""
+    out(f"budget: {result.request.budget}{default}")
+    out(f"written to {folder}: {_model_name(result)}, candidate.json, report.html")
+    note(f"{len(result.candidates)} candidates in {format_seconds(result.seconds)}", "dim")
+
+
+def _model_name(result: OptimizeResult) -> str:
+    return result.chosen.artifact.path if result.chosen.artifact else "no model"
+
+
+def _row(candidate: Candidate) -> list[str]:
+    """One line of the table; a failed candidate has its reason and no numbers."""
+    report, latency, artifact = candidate.evaluation, candidate.latency, candidate.artifact
+    is_share = report is not None and 0 <= report.value <= 1
+    digits = 4 if is_share else 2
+    value = f"{report.value:.{digits}f}" if report else "-"
+    drop = f"{report.drop:+.{digits}f}" if report else "-"
+    interval = "-"
+    if report is not None and report.drop_low is not None and report.drop_high is not None:
+        interval = f"{report.drop_low:+.{digits}f} … {report.drop_high:+.{digits}f}"
+    ratio = f"{latency.ratio:.2f}" if latency and latency.ratio is not None else "-"
+    return [
+        candidate.name,
+        value,
+        drop,
+        interval,
+        f"{latency.p50_ms:.3f}" if latency else "-",
+        ratio,
+        f"{artifact.size_bytes / 1000:.1f}" if artifact else "-",
+        MARKS[candidate.verdict.status],
+        candidate.verdict.reason.partition(": ")[0] if candidate.verdict.status == "chosen" else candidate.verdict.reason,
+    ]

@@ -1,0 +1,1 @@
+"""Passes over ONNX files, one a file."""

@@ -1,0 +1,123 @@
+"""The pass that makes a dynamic int8 model: int8 weights, ranges of activations measured at run time.
+
+Pays for MatMul-heavy models. Convolutions become ConvInteger, which takes uint8 weights only and is slow on most CPUs; they
+are converted where they hold most of the weights, since they are a size lever, and the measured latency decides.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from edgekit.compiler.export import quiet
+from edgekit.compiler.graph import encode, facts_of, read_onnx, seal
+from edgekit.compiler.passes.base import PassContext, WorkModel
+from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle, infer, silenced_root
+from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+PACKAGES = ("onnx", "onnxruntime")
+MATRIX_OPERATORS = ("MatMul", "Gemm", "LSTM")
+INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
+
+
+class QuantizeDynamic:
+    """fp32 to dynamic int8."""
+
+    name = "quantize-dynamic"
+
+    def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
+        """Why this pass cannot run on this model, or None when it can."""
+        return find_quantization_obstacle(model)
+
+    def run(self, model: WorkModel, context: PassContext) -> WorkModel:
+        """Write ``quantize-dynamic.onnx``.
+
+        Raises:
+            ArtifactError: ``quantization.nothing_quantized``, ``quantization.grew`` when the file became larger,
+                ``quantization.failed`` when the quantizer refuses the model.
+        """
+        started = time.monotonic()
+        proto = read_onnx(model.path)
+        has_convolutions = _convolution_share(proto) > 0.5
+        weights = "uint8" if has_convolutions else context.target.int8.weights
+        kinds = (*MATRIX_OPERATORS, "Conv") if has_convolutions else MATRIX_OPERATORS
+        quantized = seal(_quantize(proto, weights, kinds, reduce_range=context.target.int8.reduce_range))
+        after = facts_of(quantized).operators
+        count = sum(after.get(kind, 0) for kind in INTEGER_OPERATORS)
+        _check(proto, quantized, count)
+        return write_step(
+            quantized,
+            model,
+            context,
+            name=self.name,
+            precision="int8-dynamic",
+            settings={
+                "weights": weights,
+                "reduce_range": context.target.int8.reduce_range,
+                "operators": " ".join(kinds),
+            },
+            started=started,
+            packages=PACKAGES,
+            notes=(f"{count} layers compute in integers",),
+        )
+
+
+def _convolution_share(proto: ModelProto) -> float:
+    """Share of the weights' bytes that belongs to convolutions."""
+    sizes = {item.name: len(item.raw_data) or item.ByteSize() for item in proto.graph.initializer}
+    total = sum(sizes.values())
+    own = sum(sizes.get(node.input[1], 0) for node in proto.graph.node if node.op_type == "Conv")
+    return own / total if total else 0.0
+
+
+def _quantize(proto: ModelProto, weights: str, kinds: tuple[str, ...], *, reduce_range: bool) -> ModelProto:
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode
+
+    kind = QuantType.QUInt8 if weights == "uint8" else QuantType.QInt8
+    try:
+        with quiet("onnxruntime.quantization"), silenced_root():
+            quantizer = ONNXQuantizer(
+                infer(proto),
+                False,  # noqa: FBT003  per_channel: ConvInteger has none
+                reduce_range,
+                QuantizationMode.IntegerOps,
+                False,  # noqa: FBT003  static
+                kind,
+                QuantType.QUInt8,
+                None,
+                [],
+                [],
+                list(kinds),
+                {"MatMulConstBOnly": True},
+            )
+            quantizer.quantize_model()
+    except Exception as error:
+        raise ArtifactError(
+            "quantization.failed",
+            f"onnxruntime's quantizer refuses the model: {type(error).__name__}: {str(error)[:200]}",
+            hint="The other candidates stand.",
+        ) from error
+    result: ModelProto = quantizer.model.model
+    return result
+
+
+def _check(before: ModelProto, after: ModelProto, count: int) -> None:
+    if count == 0:
+        raise ArtifactError(
+            "quantization.nothing_quantized",
+            "no layer became integer: the weights are not constants of MatMul, Gemm, LSTM or Conv.",
+            hint="Export the model with its weights as initializers.",
+        )
+    old, new = len(encode(before)), len(encode(after))
+    if new >= old:
+        raise ArtifactError(
+            "quantization.grew",
+            f"the file grew from {old} to {new} bytes: what the integer operators add is more than the weights save.",
+            hint="Dynamic quantization does not pay for a model this small.",
+        )

@@ -1,0 +1,411 @@
+"""``optimize``: plan, make every candidate, evaluate all, time all together, judge, write.
+
+A candidate that cannot be made becomes a ``failed`` one with its reason and never stops the others. Only a baseline that does
+not work, or wrong input, ends the run. Everything finished lies in ``DIR/.work`` by content, so that the same request goes on
+after Ctrl-C; the result replaces DIR only when it is whole.
+
+    >>> result = optimize(OptimizeRequest(model="model.onnx", target="host", data="calibration.npz"))   # doctest: +SKIP
+    >>> result.chosen.name, result.is_budget_met                                                         # doctest: +SKIP
+    ('int8-per-channel', True)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import __version__
+from edgekit.benchmark.fingerprint import fingerprint
+from edgekit.benchmark.latency import measure
+from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, judge
+from edgekit.compiler.graph import facts_of, read_onnx
+from edgekit.compiler.op_profile import profile_operators
+from edgekit.compiler.output import open_staging, swap_in
+from edgekit.compiler.passes.base import Effort, WorkModel
+from edgekit.compiler.passes.registry import BASELINE, Recipe
+from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
+from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
+from edgekit.compiler.storage import write_durably
+from edgekit.dataset.data import Dataset
+from edgekit.errors import ArtifactError, EdgekitError
+from edgekit.evaluation.evaluate import evaluate, predict
+from edgekit.runtime.registry import open_session
+from edgekit.runtime.session import Session, SessionOptions
+from edgekit.schema.artifact import ModelArtifact
+from edgekit.schema.base import encode_json
+from edgekit.schema.candidate import Candidate
+from edgekit.schema.digest import digest_file
+from edgekit.schema.measurement import EvalReport, LatencyReport
+
+logger = logging.getLogger(__name__)
+Array = NDArray[Any]
+TIMING_SECONDS: dict[Effort, float] = {"fast": 0.5, "default": 1.0, "max": 4.0}
+BYTES_PER_MB = 1e6
+DYNAMIC = "int8-dynamic"
+
+
+@dataclass(kw_only=True)
+class Made:
+    """A candidate on its way: a model or the reason why there is none, then what it measured."""
+
+    name: str
+    model: WorkModel | None = None
+    failure: str | None = None
+    session: Session | None = None
+    evaluation: EvalReport | None = None
+    latency: LatencyReport | None = None
+
+    def fail(self, reason: str) -> None:
+        """Give up on it."""
+        self.failure = reason
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+
+def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None) -> OptimizeResult:
+    """Run the whole optimization and write the output folder.
+
+    Raises:
+        UsageError: wrong target, budget, metric, model or data.
+        ArtifactError: when the model cannot be loaded or the baseline does not run.
+        TargetError: when the target cannot run this kind of model.
+    """
+    started = time.monotonic()
+    reporter = Reporter(on_event)
+    prepared = prepare(request, reporter)
+    candidates = make_candidates(prepared, reporter)
+    try:
+        evaluate_candidates(prepared, candidates, reporter)
+        time_candidates(prepared, candidates, reporter)
+        reporter.tell("write", "judging and writing")
+        budget = _whole_budget(prepared, candidates)
+        judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
+        result = _assemble(prepared, candidates, budget, judgement, started)
+        write_output(prepared, candidates, result)
+    finally:
+        for item in candidates:
+            if item.session is not None:
+                item.session.close()
+    reporter.tell("write", "done", 1.0)
+    return result
+
+
+# --- make -------------------------------------------------------------------------------------------------------------------
+
+
+def make_candidates(prepared: Prepared, reporter: Reporter) -> list[Made]:
+    """Run every recipe; passes that recipes share run once.
+
+    Raises:
+        ArtifactError: ``model.baseline_failed`` when the baseline cannot be made.
+    """
+    steps: dict[tuple[str, ...], WorkModel] = {}
+    made = []
+    count = len(prepared.recipes)
+    for index, recipe in enumerate(prepared.recipes):
+        part = _part(lambda text, done: reporter.tell("make", text, done), index, count)
+        part(f"making {recipe.name}", 0.0)
+        item = _make(recipe, prepared, steps, _prefixed(part, recipe.name))
+        if recipe.name == BASELINE and item.failure is not None:
+            raise ArtifactError(
+                "model.baseline_failed",
+                f"{prepared.source.model.spec}: the fp32 baseline cannot be made for {prepared.target.name}: {item.failure}.",
+                hint="Everything is compared with it; make it work first.",
+            )
+        made.append(item)
+    return made
+
+
+def _make(
+    recipe: Recipe, prepared: Prepared, steps: dict[tuple[str, ...], WorkModel], tell: Callable[[str, float], None]
+) -> Made:
+    """One candidate; ``tell`` takes the fraction of it that is done."""
+    model = prepared.base
+    done: tuple[str, ...] = ()
+    for index, spec in enumerate(recipe.passes):
+        done = (*done, spec.describe())
+        if done in steps:
+            model = steps[done]
+            continue
+        context = replace(prepared.context, on_progress=_part(tell, index, len(recipe.passes)))
+        try:
+            step = spec.load()
+            if obstacle := step.find_obstacle(model, context):
+                return Made(name=recipe.name, failure=f"not made: {obstacle}")
+            model = run_step(step, model, context, prepared.cache, prepared.source.model.digest)
+        except EdgekitError as error:
+            return Made(name=recipe.name, failure=f"{spec.name} failed: {error.message}")
+        except Exception as error:
+            logger.debug("pass failed pass=%s", spec.name, exc_info=True)
+            return Made(name=recipe.name, failure=f"{spec.name} failed: {type(error).__name__}: {str(error)[:200]}")
+        steps[done] = model
+    return Made(name=recipe.name, model=model)
+
+
+def _prefixed(tell: Callable[[str, float], None], name: str) -> Callable[[str, float], None]:
+    return lambda text, done: tell(f"{name}: {text}", done)
+
+
+def _part(tell: Callable[[str, float], None], index: int, count: int) -> Callable[[str, float], None]:
+    """Progress of one of several equal parts."""
+    return lambda text, done: tell(text, (index + done) / count)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter) -> None:
+    """Load and run every candidate on the evaluation data; one that answers wrongly becomes a failed one.
+
+    Raises:
+        EdgekitError: when the baseline itself does not run on the data.
+    """
+    baseline = candidates[0]
+    expected: dict[str, Array] | None = None
+    for index, item in enumerate(candidates):
+        if item.model is None:
+            continue
+        reporter.tell("evaluate", f"evaluating {item.name} on {len(prepared.evaluation)} samples", index / len(candidates))
+        try:
+            item.session = open_session(item.model.path, options=SessionOptions(threads=prepared.threads))
+            if item is not baseline:
+                assert baseline.session is not None
+                _check_interface(item.session, baseline.session)
+            key = _evaluation_key(prepared, item, baseline)
+            item.evaluation = prepared.cache.find_evaluation(key)
+            if item.evaluation is not None:
+                continue
+            if expected is None:
+                assert baseline.session is not None
+                expected = predict(baseline.session, prepared.evaluation)
+            outputs = expected if item is baseline else _predict(item, prepared.evaluation)
+            item.evaluation = _evaluate(prepared, outputs, expected)
+            prepared.cache.keep_evaluation(key, item.evaluation)
+        except EdgekitError as error:
+            if item is baseline:
+                raise
+            item.fail(f"made, but does not run: {error.message}")
+
+
+def _predict(item: Made, data: Dataset) -> dict[str, Array]:
+    """All answers; dynamic int8 takes its scales from the whole batch, so it is fed as a device would feed it."""
+    assert item.session is not None
+    is_dynamic = item.model is not None and item.model.precision == DYNAMIC
+    return predict(item.session, data, batch_size=1) if is_dynamic else predict(item.session, data)
+
+
+def _evaluate(prepared: Prepared, outputs: Mapping[str, Array], expected: Mapping[str, Array]) -> EvalReport:
+    return evaluate(
+        outputs,
+        expected,
+        prepared.evaluation,
+        prepared.metric,
+        isa=prepared.isa,
+        labels=prepared.contract.labels,
+        seed=prepared.request.seed,
+    )
+
+
+def _evaluation_key(prepared: Prepared, item: Made, baseline: Made) -> str:
+    assert item.model is not None
+    assert baseline.model is not None
+    digests = [digest_file(item.model.path), digest_file(baseline.model.path), prepared.evaluation.digest]
+    metric = [prepared.metric.name, prepared.request.metric, list(prepared.contract.labels), prepared.request.seed]
+    return prepared.cache.evaluation_key([*digests, metric, list(prepared.isa)])
+
+
+def _check_interface(session: Session, baseline: Session) -> None:
+    """Refuse a candidate whose inputs or outputs are not the baseline's.
+
+    Raises:
+        ArtifactError: ``model.interface_changed``.
+    """
+    for mine, theirs, what in ((session.inputs, baseline.inputs, "inputs"), (session.outputs, baseline.outputs, "outputs")):
+        own = [(spec.name, spec.dtype, len(spec.shape)) for spec in mine]
+        expected = [(spec.name, spec.dtype, len(spec.shape)) for spec in theirs]
+        if own != expected:
+            raise ArtifactError("model.interface_changed", f"its {what} are {own}, the baseline's {expected}.")
+
+
+# --- time -------------------------------------------------------------------------------------------------------------------
+
+
+def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter) -> None:
+    """One interleaved run over all candidates, a batch of one real sample."""
+    sessions = {item.name: item.session for item in candidates if item.session is not None}
+    text = f"timing {len(sessions)} candidates against each other"
+    reporter.tell("time", text)
+    assert candidates[0].model is not None
+    with opened(candidates[0].model.path, prepared.threads) as twin:
+        reports = measure(
+            sessions,
+            one_sample(twin, prepared.evaluation),
+            baseline=BASELINE,
+            is_on_target=prepared.is_on_target,
+            threads=prepared.threads,
+            twin=twin,
+            seconds=TIMING_SECONDS[prepared.request.effort],
+            seed=prepared.request.seed,
+            on_progress=lambda _text, done: reporter.tell("time", text, done),
+        )
+    for item in candidates:
+        item.latency = reports.get(item.name)
+
+
+def one_sample(session: Session, data: Dataset) -> dict[str, Array]:
+    """The first sample as a batch; repeated where the model insists on a larger one."""
+    fixed = next((spec.shape[0] for spec in session.inputs if spec.shape and isinstance(spec.shape[0], int)), 1)
+    return {name: np.ascontiguousarray(np.repeat(array[:1], fixed, axis=0)) for name, array in data.inputs.items()}
+
+
+# --- judge and write --------------------------------------------------------------------------------------------------------
+
+
+def _whole_budget(prepared: Prepared, candidates: list[Made]) -> Budget:
+    """The user's budget or the default, and the hardware's own limit."""
+    baseline = candidates[0].evaluation
+    assert baseline is not None
+    budget = prepared.budget or default_budget(prepared.metric, baseline.value)
+    flash = prepared.target.budget.flash_mb or prepared.target.flash_mb
+    if flash is None:
+        return budget
+    limit = Term(name="flash_mb", quantity="size_mb", operator="<=", limit=flash, note=f"limit of {prepared.target.name}")
+    return replace(budget, terms=(*budget.terms, limit))
+
+
+def _measured(item: Made) -> Measured:
+    return Measured(
+        name=item.name,
+        size_bytes=item.model.path.stat().st_size if item.model else 0,
+        evaluation=item.evaluation,
+        latency=item.latency,
+        ram_mb=item.latency.peak_rss_mb if item.latency else None,
+        failure=item.failure,
+    )
+
+
+def _assemble(
+    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, started: float
+) -> OptimizeResult:
+    now = datetime.now(UTC).replace(microsecond=0)
+    records = {item.name: _record(prepared, item, judgement, now) for item in candidates}
+    chosen = next(item for item in candidates if item.name == judgement.chosen)
+    assert chosen.session is not None
+    return OptimizeResult(
+        request=_summarize(prepared, budget),
+        target=prepared.target,
+        baseline=records[BASELINE],
+        candidates=tuple(records.values()),
+        chosen=records[judgement.chosen],
+        data=_describe_data(prepared),
+        is_budget_met=judgement.is_budget_met,
+        verdict=judgement.sentence,
+        seconds=time.monotonic() - started,
+        host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
+        warnings=prepared.warnings,
+        op_latency=_profile(prepared, candidates, {BASELINE, judgement.chosen}),
+    )
+
+
+def _record(prepared: Prepared, item: Made, judgement: Judgement, now: datetime) -> Candidate:
+    return Candidate(
+        name=item.name,
+        target=prepared.target.name,
+        target_digest=prepared.target_digest,
+        source=prepared.source.model,
+        contract=prepared.contract,
+        verdict=judgement.verdicts[item.name],
+        seed=prepared.request.seed,
+        created_at=now,
+        edgekit_version=__version__,
+        artifact=_artifact(item),
+        lineage=item.model.lineage if item.model else (),
+        evaluation=item.evaluation,
+        latency=item.latency,
+        is_on_pareto_front=item.name in judgement.pareto,
+    )
+
+
+def _artifact(item: Made) -> ModelArtifact | None:
+    if item.model is None or item.session is None:
+        return None
+    model = item.model
+    return ModelArtifact(
+        path=f"model.{model.format}",
+        digest=digest_file(model.path),
+        size_bytes=model.path.stat().st_size,
+        format=model.format,
+        inputs=item.session.inputs,
+        outputs=item.session.outputs,
+        precision=model.precision,
+        parameters=facts_of(read_onnx(model.path)).parameters if model.format == "onnx" else None,
+    )
+
+
+def _summarize(prepared: Prepared, budget: Budget) -> RequestSummary:
+    request = prepared.request
+    return RequestSummary(
+        model=request.model,
+        target=request.target,
+        data=request.data,
+        evaluation=request.evaluation,
+        metric=prepared.metric.name,
+        budget=budget.text,
+        is_default_budget=budget.is_default,
+        effort=request.effort,
+        seed=request.seed,
+        threads=prepared.threads,
+        weights=str(request.weights) if request.weights else None,
+    )
+
+
+def _describe_data(prepared: Prepared) -> tuple[DataDescription, ...]:
+    return tuple(
+        DataDescription(
+            role=role,
+            source=data.source,
+            digest=data.digest,
+            samples=len(data),
+            has_labels=data.labels is not None,
+            class_names=data.class_names,
+        )
+        for role, data in (("calibration", prepared.calibration), ("evaluation", prepared.evaluation))
+    )
+
+
+def _profile(prepared: Prepared, candidates: list[Made], names: set[str]) -> dict[str, tuple[OpLatency, ...]]:
+    """Operators of the baseline and the winner; a profile that fails is left out."""
+    profiles = {}
+    for item in candidates:
+        if item.name not in names or item.session is None or item.model is None or item.model.format != "onnx":
+            continue
+        try:
+            feeds = one_sample(item.session, prepared.evaluation)
+            profiles[item.name] = profile_operators(item.model.path, feeds, threads=prepared.threads)
+        except Exception:
+            logger.debug("no profile candidate=%s", item.name, exc_info=True)
+    return profiles
+
+
+def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeResult) -> None:
+    """Write everything beside the output folder, then swap it in."""
+    from edgekit.compiler.report import write_report
+
+    staging = open_staging(prepared.out)
+    models = {item.name: item.model for item in candidates if item.session is not None}
+    for record in result.candidates:
+        folder = staging if record.name == result.chosen.name else staging / "candidates" / record.name
+        model = models.get(record.name)
+        if model is not None and record.artifact is not None:
+            write_durably(folder / record.artifact.path, model.path.read_bytes())
+        write_durably(folder / "candidate.json", encode_json(record))
+    write_report(staging, result)
+    swap_in(staging, prepared.out)
