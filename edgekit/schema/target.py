@@ -55,5 +55,7 @@ class TargetProfile(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     clock_mhz: float | None = None
     flash_mb: float | None = None
     notes: str = ""
+    device_model: str = ""
+    """What the firmware of this board calls itself, as a part of ``/proc/device-tree/model``; empty for generic profiles."""
     schema_version: int = SCHEMA_VERSION
     budget: TargetBudget = msgspec.field(default_factory=TargetBudget)
