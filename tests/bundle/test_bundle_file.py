@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-
 import json
 import random
 import struct
@@ -363,7 +362,7 @@ def test_json_that_is_not_canonical(text):
     assert not is_canonical_json(text)
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 )
 
