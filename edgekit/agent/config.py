@@ -28,11 +28,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from edgekit.errors import UsageError
+from edgekit.telemetry.topics import check_name
 
 ENV_PREFIX = "EDGEKIT_AGENT_"
 ENV_FILE = "EDGEKIT_AGENT_CONFIG"
 MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,7 +77,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def default_device() -> str:
     """A stable name of this machine: host name and eight digits of a hash of its machine id."""
-    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname()).strip("-")[:40] or "device"
+    host = re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")[:40] or "device"
     for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
         try:
             machine = path.read_text().strip()
@@ -185,11 +185,10 @@ def check_config(config: AgentConfig) -> None:
     """Refuse what cannot work or is not safe.
 
     Raises:
-        UsageError: ``config.invalid`` or ``config.insecure``.
+        UsageError: ``config.invalid``, ``config.insecure`` or ``telemetry.name``.
     """
-    for field in ("device", "site"):
-        if not NAME.match(getattr(config, field)):
-            raise _invalid(f"{field} {getattr(config, field)!r}: expected letters, digits, '.', '_', '-', at most 63.")
+    check_name(config.device, "device")
+    check_name(config.site, "site")
     for field in ("poll_s", "window_s", "heartbeat_s", "request_timeout_s", "selftest_timeout_s"):
         if not 0 < getattr(config, field) < 1e7:
             raise _invalid(f"{field} is {getattr(config, field):g}: expected a positive number of seconds.")

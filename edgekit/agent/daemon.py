@@ -168,7 +168,16 @@ class Daemon:
     # --- serving
 
     async def prove(self, model: Model) -> Callable[[], None]:
-        """Start a worker on a model and let it prove itself; the returned function makes it serve."""
+        """Start a worker on a new model and let it prove itself; the returned function makes it serve."""
+        serve = await self._prove(model)
+
+        def serve_new() -> None:
+            self._ledger.forget()
+            serve()
+
+        return serve_new
+
+    async def _prove(self, model: Model) -> Callable[[], None]:
         worker = await self.workers.start(model)
         ready = await worker.wait_ready(self.config.selftest_timeout_s)
         logger.info(
@@ -177,7 +186,6 @@ class Daemon:
 
         def serve() -> None:
             self._runtime = (ready.runtime, ready.runtime_version)
-            self._ledger.forget()
             self.workers.switch(worker)
 
         return serve
@@ -186,7 +194,7 @@ class Daemon:
         """Serve the active slot, or the other good one, or nothing but health."""
         while (slot := active_slot(self.store.state)) is not None:
             try:
-                serve = await self.prove(await in_background(functools.partial(self._model_of, slot), name="hash"))
+                serve = await self._prove(await in_background(functools.partial(self._model_of, slot), name="hash"))
             except SelfTestFailed as failed:
                 if not self._fall_back(slot, failed.error):
                     self._ledger.note(time.monotonic())

@@ -137,7 +137,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(error_answer(400, "protocol upgrades are not supported", code="http.upgrade"))
+            self._ignore_upgrade()
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             if not isinstance(cause, _Refusal):
@@ -215,6 +215,15 @@ class _Connection(asyncio.Protocol):
         """Answer in turn, then close: what follows on this connection cannot be parsed."""
         self._started = 0.0
         self._queue.append(answer)
+
+    def _ignore_upgrade(self) -> None:
+        """Answer in HTTP/1.1, as a server may, and close: the parser cannot go on after the offer of another protocol."""
+        last = self._queue.pop() if self._queue else None
+        if isinstance(last, Request) and last.headers.get(b"content-length", b"0") == b"0":
+            last.is_keep_alive = False
+            self._queue.append(last)
+        else:
+            self._refuse(error_answer(400, "protocol upgrades are not supported", code="http.upgrade"))
 
     def _pump(self) -> None:
         """Answer everything that can be answered now, in order."""

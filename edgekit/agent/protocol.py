@@ -111,18 +111,20 @@ def _values(entry: _Input, dtype: DType) -> Array:
         except msgspec.DecodeError:
             pass
     try:
-        source = np.asarray(_any_decoder.decode(entry.data))
+        listed = _any_decoder.decode(entry.data)
+        source = np.asarray(listed)
     except (msgspec.DecodeError, ValueError) as error:
         raise _malformed(f"input {entry.name}: data is not a list of numbers, all rows of one length: {error}.") from error
     if source.size and source.dtype.kind not in "biuf":
         raise DataError("data.dtype", f"input {entry.name}: data holds {source.dtype.kind!r} values, expected numbers.")
-    is_lossy = source.dtype.kind == "f" and np.dtype(dtype).kind in "iub" and source.size > 0
-    if is_lossy and not np.array_equal(source, np.floor(source)):
-        raise DataError("data.dtype", f"input {entry.name}: fractions in data of datatype {entry.datatype}.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = source.astype(dtype)
-    if np.dtype(dtype).kind in "iu" and source.size and not np.array_equal(values.astype(object), source.astype(object)):
-        raise DataError("data.dtype", f"input {entry.name}: values outside the range of {entry.datatype}.")
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.asarray(listed, dtype=dtype)
+    except (OverflowError, ValueError) as error:
+        raise DataError("data.dtype", f"input {entry.name}: values outside the range of {entry.datatype}: {error}.") from error
+    is_whole = values.dtype.kind == "f" or dtype == "uint64" or np.array_equal(values.astype(source.dtype), source)
+    if not is_whole or (dtype == "uint64" and source.size and (source.min() < 0 or (source != np.floor(source)).any())):
+        raise DataError("data.dtype", f"input {entry.name}: fractions, or values outside the range of {entry.datatype}.")
     return values
 
 

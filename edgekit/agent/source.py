@@ -46,8 +46,13 @@ class RepositorySource:
         self._options = TransportOptions(
             ca_file=config.ca_file or None, client_cert_file=config.cert_file or None, client_key_file=config.key_file or None
         )
-        self._repository = TrustedRepository(
-            self._cache, self._url, root=root, floors=floors, now=datetime.now(UTC), options=self._options
+        self._root = root
+        self._floors = floors
+
+    def _repository(self) -> TrustedRepository:
+        """A client for one question; its connections end with the answer."""
+        return TrustedRepository(
+            self._cache, self._url, root=self._root, floors=self._floors, now=datetime.now(UTC), options=self._options
         )
 
     def refresh(self) -> RefreshResult:
@@ -57,13 +62,13 @@ class RepositorySource:
             RepositoryError: it cannot be reached.
             TrustError: it was refused.
         """
-        result = self._repository.refresh()
+        result = self._repository().refresh()
         sync_dir(self._cache)
         return result
 
     def fetch_manifest(self, release: Release) -> bytes:
         """The manifest's verified bytes."""
-        return self._repository.fetch_manifest(release)
+        return self._repository().fetch_manifest(release)
 
     def _check_halt(self, *_progress: object) -> None:
         if self._halt.is_set():

@@ -1,0 +1,258 @@
+"""Real small things for the agent's tests: models, a repository over HTTP, a broker, the agent as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekit.bundle.golden import tensor_data
+from edgekit.bundle.writer import write_bundle
+from edgekit.repository.server import RepositoryServer
+from edgekit.repository.store import init_repository, publish
+from edgekit.schema.base import encode_msgpack
+from edgekit.schema.candidate import Candidate, SourceModel, Verdict
+from edgekit.schema.contract import Contract, InputSpec
+from edgekit.schema.digest import digest_bytes, hex_of
+from edgekit.schema.manifest import BlobRef, GoldenSample, GoldenSet, Manifest, Requires, Variant
+from edgekit.schema.tensor import TensorSpec
+from edgekit.trust.signer import generate_signer
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CONTRACT = Contract(
+    inputs=(InputSpec(name="x", dtype="float32", shape=("batch", 4), minimum=-1.0, maximum=1.0),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 3)),),
+    task="classification",
+    labels=("a", "b", "c"),
+)
+
+
+def build_manifest(*, version="1.0", requires=None, blobs=None, name="m"):
+    """A manifest whose blobs are given as {(variant index, role): bytes}, or made up."""
+    requires = requires or [Requires(runtime="onnxruntime")]
+    blobs = blobs or {(i, role): f"{version}{i}{role}".encode() for i in range(len(requires)) for role in ("model", "golden")}
+    refs = {
+        key: BlobRef(path=f"v{key[0]}/{key[1]}", role=key[1], digest=digest_bytes(data), size_bytes=len(data))
+        for key, data in blobs.items()
+    }
+    variants = tuple(
+        Variant(
+            name=f"v{i}",
+            format="onnx",
+            precision="fp32",
+            model=refs[i, "model"].digest,
+            golden=refs[i, "golden"].digest,
+            requires=need,
+        )
+        for i, need in enumerate(requires)
+    )
+    candidate = Candidate(
+        name="c",
+        target="host",
+        target_digest=digest_bytes(b"t"),
+        source=SourceModel(spec="m.onnx", kind="onnx", digest=digest_bytes(b"s"), size_bytes=1),
+        contract=CONTRACT,
+        verdict=Verdict(status="chosen", is_budget_met=True, reason="r"),
+        seed=0,
+        created_at=NOW,
+        edgekit_version="0",
+    )
+    return Manifest(
+        name=name,
+        version=version,
+        created_at=NOW,
+        target="host",
+        contract=CONTRACT,
+        variants=variants,
+        blobs=tuple(refs.values()),
+        candidate=candidate,
+        edgekit_version="0",
+    )
+
+
+def build_model(seed: int) -> tuple[bytes, np.ndarray]:
+    """y = x W, with the weights of a seed."""
+    weights = np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "tiny",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return model.SerializeToString(), weights
+
+
+def build_golden(weights: np.ndarray) -> bytes:
+    """Two samples with the outputs of these weights."""
+    samples = []
+    for seed in range(2):
+        x = np.random.default_rng(seed).uniform(-1, 1, size=(1, 4)).astype(np.float32)
+        samples.append(GoldenSample(inputs={"x": tensor_data(x)}, outputs={"y": tensor_data(x @ weights)}))
+    return encode_msgpack(GoldenSet(samples=tuple(samples), atol=1e-4, rtol=1e-4))
+
+
+def wait_for(condition, *, seconds=30.0, what="it"):
+    """Wait until the condition is truthy and return its value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.03)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+class World:
+    """A signed repository served over loopback HTTP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "repository"
+        self.bundles = folder / "bundles"
+        self.bundles.mkdir()
+        init_repository(self.folder, keys_dir=folder / "keys")
+        self.signer = generate_signer()
+        self.server: RepositoryServer | None = None
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "metadata" / "1.root.json"
+
+    def start(self) -> None:
+        self.server = RepositoryServer(self.folder, host="127.0.0.1", port=self.port)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+
+    def publish(self, version: str, *, seed: int, broken: bool = False, model: bytes | None = None, requires=None):
+        """Publish a release; a broken one has golden samples of other weights."""
+        made, weights = build_model(seed)
+        golden = build_golden(weights[::-1] if broken else weights)
+        blobs = {(0, "model"): model or made, (0, "golden"): golden}
+        manifest = build_manifest(version=version, blobs=blobs, requires=requires)
+        out = self.bundles / f"m-{version}.edgekit"
+        write_bundle(manifest, {digest_bytes(data): data for data in blobs.values()}, signer=self.signer, out=out)
+        return publish(self.folder, out, keys=[self.signer.public_key])
+
+    def blob_of(self, seed: int) -> Path:
+        return self.folder / "blobs" / "sha256" / hex_of(digest_bytes(build_model(seed)[0]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Agent:
+    """The agent as a process."""
+
+    def __init__(self, folder: Path, **settings) -> None:
+        self.port = free_port()
+        self.state_dir = folder / "state"
+        self.log = folder / "agent.log"
+        values = {"device": "cam", "site": "lab", "state_dir": str(self.state_dir), "port": self.port, "model": "m", "poll_s": 0.2}
+        values |= {"drain_s": 0.5} | settings
+        self.config = folder / "agent.toml"
+        self.config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
+        self.process: subprocess.Popen | None = None
+
+    def start(self, **environment: str) -> Agent:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "edgekit", "agent", "run", "--config", str(self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment,
+            )
+        return self
+
+    def stop(self, seconds: float = 15.0) -> int:
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def get(self, path: str):
+        """Status and JSON; (0, None) when nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+        except (OSError, http.client.HTTPException):
+            return 0, None
+
+    def served(self) -> str:
+        """The version that is served, or an empty string."""
+        status, body = self.get("/v2/models/m")
+        return body["versions"][0] if status == 200 else ""
+
+    def wait_served(self, version: str) -> None:
+        try:
+            wait_for(lambda: self.served() == version, what=f"serving {version}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()[-6000:]}") from error
+
+    def status(self) -> dict:
+        status, body = self.get("/status")
+        assert status == 200, self.log.read_text()[-3000:]
+        return body
+
+    def wait_status(self, condition, *, what="the status"):
+        def check():
+            status, body = self.get("/status")
+            return body if status == 200 and condition(body) else None
+
+        try:
+            return wait_for(check, what=what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log.read_text()[-6000:]}") from error
+
+    def infer(self, data, **more):
+        """Status, headers and JSON of an inference."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": data} | more
+        with contextlib.closing(connection):
+            connection.request("POST", "/v2/models/m/infer", json.dumps({"inputs": [tensor]}))
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), json.loads(answer.read())
+
+    def logged(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"edgekit.agent.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
