@@ -1,0 +1,184 @@
+"""What the fleet server shows: the records of ``/api/v1`` and of the pages.
+
+Times are Unix milliseconds, UTC. A figure that nobody reported is null.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgekit.schema.base import Record
+
+DeviceState = Literal["online", "offline", "stale"]
+"""``online``: connected; ``stale``: connected as far as the broker knows, but silent; ``offline``: its will was published."""
+
+
+class SlotView(Record, frozen=True, kw_only=True):
+    """One slot of a device."""
+
+    name: str
+    status: str
+    model: str
+    version: str
+    counter: int
+    model_digest: str
+    manifest_digest: str
+
+
+class GapView(Record, frozen=True, kw_only=True):
+    """Stored messages of a device: received, of these late (from its spool), and known to be missing."""
+
+    received: int = 0
+    late: int = 0
+    missing: int = 0
+
+
+class DeviceView(Record, frozen=True, kw_only=True):
+    """One device in a list; figures are of its newest window."""
+
+    site: str
+    device: str
+    state: DeviceState
+    last_seen_ms: int
+    model: str = ""
+    version: str = ""
+    counter: int = 0
+    model_digest: str = ""
+    """First 12 hex digits."""
+    latency_p50_ms: float | None = None
+    latency_p99_ms: float | None = None
+    throughput_per_s: float | None = None
+    requests: int | None = None
+    errors: int | None = None
+    cpu_percent: float | None = None
+    rss_mb: float | None = None
+    outbox_messages: int | None = None
+    last_error: str = ""
+    last_error_code: str = ""
+    refused: int = 0
+    """How many releases it refuses."""
+    sparkline: tuple[float | None, ...] = ()
+    """p50 latency of the last windows, oldest first."""
+    agent_version: str = ""
+    arch: str = ""
+    cpu: str = ""
+    labels: dict[str, str] = {}
+
+
+class EventView(Record, frozen=True, kw_only=True):
+    """Something that a device reported."""
+
+    id: int
+    site: str
+    device: str
+    time_ms: int
+    kind: str
+    detail: str = ""
+    code: str = ""
+    model: str = ""
+    version: str = ""
+    counter: int = 0
+
+
+class DeviceDetail(Record, frozen=True, kw_only=True):
+    """Everything of one device but its series."""
+
+    device: DeviceView
+    slots: tuple[SlotView, ...]
+    active: str
+    phase: str
+    gaps: GapView
+    events: tuple[EventView, ...]
+    metrics: tuple[tuple[str, str], ...]
+    """Name and unit of each metric that has a series."""
+    isa: tuple[str, ...] = ()
+    cores: int = 0
+    ram_mb: float = 0.0
+    os: str = ""
+    runtime: str = ""
+    runtime_version: str = ""
+    clock: str = ""
+    url: str = ""
+    boot: str = ""
+    booted_ms: int = 0
+    latency_histogram: tuple[tuple[float, float, int], ...] = ()
+    """Lower and upper bound in ms, and count, of the last hour's requests."""
+
+
+class Series(Record, frozen=True, kw_only=True):
+    """One metric over time; points are (time, value), oldest first. Points in one resolution step are averaged."""
+
+    metric: str
+    unit: str
+    points: tuple[tuple[int, float | None], ...]
+
+
+class ReleaseView(Record, frozen=True, kw_only=True):
+    """A model version and how many devices serve it, and refuse it."""
+
+    model: str
+    version: str
+    counter: int
+    model_digest: str
+    serving: int
+    refusing: int
+
+
+class Attention(Record, frozen=True, kw_only=True):
+    """Something that needs a person: ``severity`` first, newest first."""
+
+    severity: Literal["critical", "warning"]
+    site: str
+    device: str
+    title: str
+    detail: str
+    time_ms: int
+
+
+class FleetView(Record, frozen=True, kw_only=True):
+    """The overview."""
+
+    now_ms: int
+    online: int
+    offline: int
+    stale: int
+    requests_per_s: float
+    errors: int
+    releases: tuple[ReleaseView, ...]
+    attention: tuple[Attention, ...]
+
+
+class DevicePage(Record, frozen=True, kw_only=True):
+    """A page of the device list; ``next`` is the cursor of the following page, empty on the last."""
+
+    devices: tuple[DeviceView, ...]
+    total: int
+    next: str = ""
+
+
+class EventPage(Record, frozen=True, kw_only=True):
+    """A page of events, newest first; ``next`` is the id to ask before."""
+
+    events: tuple[EventView, ...]
+    next: int | None = None
+
+
+class IngestStatus(Record, frozen=True, kw_only=True):
+    """How the ingest is doing."""
+
+    is_broker_connected: bool
+    broker: str
+    received: int
+    stored: int
+    duplicates: int
+    malformed: int
+    last_malformed: str = ""
+
+
+class Health(Record, frozen=True, kw_only=True):
+    """``/api/v1/health``."""
+
+    is_healthy: bool
+    version: str
+    uptime_s: float
+    ingest: IngestStatus
