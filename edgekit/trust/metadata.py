@@ -78,7 +78,7 @@ def refresh_metadata(
         if error.errno in _NOT_CURED_BY_A_NEW_CACHE:
             _raise_storage(error, metadata_dir)
         logger.warning("metadata cache is damaged, making a new one: path=%s error=%s", metadata_dir, error)
-        shutil.rmtree(metadata_dir, ignore_errors=True)
+        _remove(metadata_dir)
         try:
             updater = _refresh(metadata_dir, metadata_url, root, time, fetcher)
         except OSError as second:
@@ -101,6 +101,13 @@ def refresh_metadata(
         expires_at=min(role.expires for role in roles),
         received_bytes=fetcher.received_bytes,
     )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _refresh(metadata_dir: Path, url: str, root: bytes, time: datetime, fetcher: BoundedFetcher) -> Updater:

@@ -129,9 +129,10 @@ class Transport:
         self._connections: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection; a later request opens new ones."""
         for pool in self._pools.values():
             pool.close()
+        self._pools.clear()
 
     def get(self, url: str, *, headers: Mapping[str, str] | None = None, ok: frozenset[int] = _OK_STATUS) -> Answer:
         """Ask for a file.
@@ -170,18 +171,24 @@ class Transport:
         sent = {"User-Agent": self.options.user_agent, "Accept-Encoding": "identity", **headers}
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        watchdog = threading.Timer(self.options.headers_timeout_s, self._shut_down)
+        is_late = threading.Event()
+        watchdog = threading.Timer(self.options.headers_timeout_s, self._shut_down, [is_late])
         watchdog.daemon = True
         watchdog.start()
         try:
             with _translated(url):
                 pool = self._pool(url)
-                return pool.urlopen("GET", target, headers=sent, preload_content=False, redirect=False, retries=False)
+                response = pool.urlopen("GET", target, headers=sent, preload_content=False, redirect=False, retries=False)
         finally:
             watchdog.cancel()
+        if is_late.is_set():  # the end of a cut connection was taken for the end of the headers
+            response.close()
+            raise TransportError("slow", f"{url}: no complete answer within {self.options.headers_timeout_s:.0f} s")
+        return response
 
-    def _shut_down(self) -> None:
+    def _shut_down(self, is_late: threading.Event) -> None:
         """End what is open: headers that drip would else pass every timeout between two bytes."""
+        is_late.set()
         for connection in list(self._connections):
             if isinstance(connection.sock, socket.socket):
                 with contextlib.suppress(OSError):
