@@ -41,7 +41,7 @@ def _labels(pairs: list[str] | None) -> dict[str, str] | None:
 
 
 @app.command()
-def run(  # noqa: PLR0917 - typer's options
+def run(
     config: Path | None = typer.Option(None, "--config", metavar="FILE", help="Settings as TOML; flags win over it."),
     device: str | None = typer.Option(None, "--device", help="This device's name.  [default: from host name and machine id]"),
     site: str | None = typer.Option(None, "--site", help="Where it stands.  [default: default]"),

@@ -13,7 +13,9 @@ CAP = 20_000
 
 
 def fill(box, count, *, kind="w", boot=1, start=1, size=100):
-    return [drop for seq in range(start, start + count) for drop in box.put(boot=boot, seq=seq, kind=kind, payload=b"x" * size)[1]]
+    return [
+        drop for seq in range(start, start + count) for drop in box.put(boot=boot, seq=seq, kind=kind, payload=b"x" * size)[1]
+    ]
 
 
 def test_message_survives_reopening(tmp_path):

@@ -44,7 +44,7 @@ def test_flat_and_nested_data(data):
         (request([300, 2], datatype="UINT8"), "data.dtype"),
         (request([-1, 2], datatype="UINT8"), "data.dtype"),
         (b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32"}]}', "request.malformed"),
-        (b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[1]},{"name":"x","shape":[1],"datatype":"FP32","data":[1]}]}', "request.malformed"),
+        (b'{"inputs":[%s,%s]}' % ((b'{"name":"x","shape":[1],"datatype":"FP32","data":[1]}',) * 2), "request.malformed"),
     ],
 )  # fmt: skip
 def test_bad_request_refused(body, code):

@@ -48,9 +48,7 @@ class Shelf:
             runtimes=("onnxruntime",),
         )
         path = f"models/m/{version}/manifest.json"
-        release = Release(
-            info=info, manifest_path=path, manifest_digest=digest_bytes(data), manifest_size_bytes=len(data)
-        )
+        release = Release(info=info, manifest_path=path, manifest_digest=digest_bytes(data), manifest_size_bytes=len(data))
         self.manifests[release.manifest_digest] = data
         self.blobs |= {digest_bytes(blob): blob for blob in blobs.values()}
         self.releases.append(release)

@@ -176,7 +176,14 @@ class Agent:
         self.port = free_port()
         self.state_dir = folder / "state"
         self.log = folder / "agent.log"
-        values = {"device": "cam", "site": "lab", "state_dir": str(self.state_dir), "port": self.port, "model": "m", "poll_s": 0.2}
+        values = {
+            "device": "cam",
+            "site": "lab",
+            "state_dir": str(self.state_dir),
+            "port": self.port,
+            "model": "m",
+            "poll_s": 0.2,
+        }
         values |= {"drain_s": 0.5} | settings
         self.config = folder / "agent.toml"
         self.config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
@@ -256,3 +263,77 @@ class Agent:
     def worker_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"edgekit.agent.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+BROKER_CONFIG = """
+id = 0
+[router]
+id = 0
+max_connections = 100
+max_outgoing_packet_count = 200
+max_segment_size = 10485760
+max_segment_count = 10
+[v5.1]
+name = "v5-1"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 1048576
+max_inflight_count = 100
+dynamic_filters = true
+"""
+
+
+class Listener:
+    """An embedded MQTT 5 broker with a subscriber that keeps every message of ours."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        from iotcore import Broker
+
+        self.port = port
+        path = folder / "broker.toml"
+        path.write_text(BROKER_CONFIG.format(port=port))
+        self.broker = Broker(config_path=str(path))
+        self.messages: list[tuple[str, object, int]] = []
+        self.client = None
+
+    def start(self) -> Listener:
+        import paho.mqtt.client as paho
+
+        self.broker.start()
+        client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="listener", protocol=paho.MQTTv5)
+        subscribed = threading.Event()
+        client.on_connect = lambda *_: client.subscribe("ek/1/#", qos=1)
+        client.on_subscribe = lambda *_: subscribed.set()
+        client.on_message = lambda _client, _data, message: self._take(message.topic, message.payload)
+        client.connect("127.0.0.1", self.port)
+        client.loop_start()
+        assert subscribed.wait(10)
+        self.client = client
+        return self
+
+    def _take(self, topic: str, payload: bytes) -> None:
+        from edgekit.telemetry.codec import decode
+
+        self.messages.append((topic, decode(payload), len(payload)))
+
+    def of(self, kind) -> list:
+        return [message for _, message, _ in self.messages if isinstance(message, kind)]
+
+    def seqs(self) -> dict[int, list[int]]:
+        """Every stored seq that arrived, by boot."""
+        found: dict[int, list[int]] = {}
+        for _, message, _ in list(self.messages):
+            if hasattr(message, "windows"):
+                found.setdefault(message.boot, []).extend(window.seq for window in message.windows)
+            elif hasattr(message, "seq") and type(message).__name__ != "Heartbeat":
+                found.setdefault(message.boot, []).append(message.seq)
+        return found
+
+    def stop(self) -> None:
+        if self.client is not None:
+            self.client.disconnect()
+            self.client.loop_stop()
+            self.client = None
+        self.broker.stop()

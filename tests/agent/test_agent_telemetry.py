@@ -1,0 +1,171 @@
+"""What the fleet hears: over a real broker, present, absent, and gone in between."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+
+import pytest
+
+from edgekit.agent.windows import METRICS, SKETCHES
+from edgekit.schema.message import Birth, Death, Event, Heartbeat, Reported, WindowBatch
+from edgekit.telemetry.codec import schema_crc, unpack_values
+from edgekit.telemetry.histogram import LatencyHistogram
+from tests.agent.world import Listener, free_port, wait_for
+
+
+@pytest.fixture
+def listener(tmp_path):
+    made = Listener(tmp_path, free_port())
+    yield made
+    made.stop()
+
+
+def settings(listener, **more):
+    return {"broker": f"mqtt://127.0.0.1:{listener.port}", "window_s": 0.5, "heartbeat_s": 0.5} | more
+
+
+def windows_of(listener):
+    return [window for batch in listener.of(WindowBatch) for window in batch.windows]
+
+
+def values_of(window):
+    return dict(zip((spec.name for spec in METRICS), unpack_values(window.values), strict=True))
+
+
+def test_life_of_a_device_as_the_fleet_hears_it(world, make_agent, listener):
+    listener.start()
+    world.publish("1.0", seed=1)
+    agent = make_agent(**settings(listener)).start()
+    agent.wait_served("1.0")
+    for _ in range(20):
+        assert agent.infer([0.1, 0.2, 0.3, 0.4])[0] == 200
+    agent.infer([5, 0, 0, 0])
+    agent.infer([1, 2], shape=[1, 2])
+    world.publish("2.0", seed=2, broken=True)
+    wait_for(lambda: [e for e in listener.of(Event) if e.kind == "install_refused"], what="the refusal")
+
+    def all_counted():
+        return sum(values_of(window)["requests"] for window in windows_of(listener)) >= 22
+
+    wait_for(all_counted, what="all windows")
+    wait_for(lambda: listener.of(Heartbeat), what="a heartbeat")
+    assert agent.stop() == 0
+    wait_for(lambda: listener.of(Death), what="the goodbye")
+
+    births = listener.of(Birth)
+    assert (births[0].metrics, births[0].sketches) == (METRICS, SKETCHES)
+    assert births[0].url == f"http://127.0.0.1:{agent.port}"
+    assert births[0].cores > 0
+    assert births[0].arch
+    (death,) = listener.of(Death)
+    assert death.is_clean
+    assert {message.boot for _, message, _ in listener.messages} == {births[0].boot}
+
+    windows = windows_of(listener)
+    totals = [sum(values_of(window)[name] for window in windows) for name in ("requests", "errors", "rejected", "out_of_range")]
+    assert totals == [22, 0, 1, 1]
+    merged = LatencyHistogram()
+    for window in windows:
+        if window.sketches:
+            merged.merge(LatencyHistogram.decode(window.sketches[0]))
+    assert merged.count == 22
+    busy = next(values_of(window) for window in windows if values_of(window)["requests"])
+    assert 0 < busy["latency_p50_ms"] <= busy["latency_p99_ms"]
+    assert 1 / 3 <= busy["confidence_mean"] <= 1
+    assert busy["rss_mb"] > 10
+    idle = [values_of(window) for window in windows if not values_of(window)["requests"]]
+    assert all(math.isnan(values["latency_p50_ms"]) for values in idle)
+    assert {batch.schema for batch in listener.of(WindowBatch)} == {schema_crc(METRICS, SKETCHES)}
+
+    kinds = [event.kind for event in listener.of(Event)]
+    for kind in ("agent_started", "release_found", "install_started", "install_finished", "install_refused", "agent_stopped"):
+        assert kind in kinds
+    refused = next(event for event in listener.of(Event) if event.kind == "install_refused")
+    assert (refused.code, refused.model, refused.version) == ("selftest.mismatch", "m", "2.0")
+    last = max(listener.of(Reported), key=lambda reported: reported.seq)
+    assert (last.last_error_code, len(last.refused)) == ("selftest.mismatch", 1)
+    (seqs,) = listener.seqs().values()
+    assert sorted(seqs) == list(range(1, max(seqs) + 1))
+
+
+def test_broker_absent_then_present_loses_nothing(world, make_agent, listener):
+    world.publish("1.0", seed=1)
+    agent = make_agent(**settings(listener, window_s=0.2)).start()
+    agent.wait_served("1.0")
+    assert agent.infer([0, 0, 0, 0])[0] == 200
+    waiting = agent.wait_status(lambda body: body["outbox_messages"] > 16)
+    assert not waiting["is_broker_connected"]
+    agent.process.send_signal(signal.SIGKILL)
+    agent.process.wait()
+    agent.start()
+    agent.wait_served("1.0")
+    assert agent.infer([0, 0, 0, 0])[0] == 200
+    assert agent.status()["outbox_messages"] >= waiting["outbox_messages"]
+    listener.start()
+    agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] <= 1, what="the drained spool")
+    agent.stop()
+    wait_for(lambda: listener.of(Death), what="the goodbye")
+    found = listener.seqs()
+    assert len(found) == 2
+    for seqs in found.values():
+        assert sorted(set(seqs)) == list(range(1, max(seqs) + 1))
+    late = [batch for batch in listener.of(WindowBatch) if batch.is_late]
+    assert max(len(batch.windows) for batch in late) > 1
+    newest = listener.of(Birth)[-1].boot
+    assert listener.of(Death)[-1].boot == newest
+    assert listener.of(Reported)[-1].boot == newest
+
+
+def test_broker_that_goes_and_comes_back(world, make_agent, listener):
+    world.publish("1.0", seed=1)
+    listener.start()
+    agent = make_agent(**settings(listener, window_s=0.2)).start()
+    agent.wait_served("1.0")
+    agent.wait_status(lambda body: body["is_broker_connected"])
+    listener.stop()
+    agent.wait_status(lambda body: not body["is_broker_connected"] and body["outbox_messages"] > 3)
+    assert agent.infer([0, 0, 0, 0])[0] == 200
+    listener.start()
+    births = len(listener.of(Birth))
+    agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] <= 1, what="the drained spool")
+    assert len(listener.of(Birth)) > births
+    agent.stop()
+    wait_for(lambda: listener.of(Death), what="the goodbye")
+    (seqs,) = listener.seqs().values()
+    assert sorted(set(seqs)) == list(range(1, max(seqs) + 1))
+
+
+def test_killed_agent_leaves_its_will(make_agent, listener):
+    listener.start()
+    agent = make_agent(**settings(listener)).start()
+    wait_for(lambda: listener.of(Birth), what="the birth")
+    agent.process.kill()
+    agent.process.wait()
+    wait_for(lambda: listener.of(Death), what="the will", seconds=15)
+    (death,) = listener.of(Death)
+    assert not death.is_clean
+    assert death.boot == listener.of(Birth)[0].boot
+
+
+def test_full_spool_tells_what_it_dropped(make_agent, listener):
+    agent = make_agent(**settings(listener, window_s=0.02, outbox_bytes=12_000)).start()
+    agent.wait_status(lambda body: body["outbox_messages"] > 20)
+    time.sleep(2.0)
+    assert agent.status()["outbox_bytes"] <= 14_000
+    listener.start()
+    wait_for(lambda: [e for e in listener.of(Event) if e.kind == "messages_dropped"], what="the loss report")
+    agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] < 5)
+    agent.stop()
+    wait_for(lambda: listener.of(Death))
+    (seqs,) = listener.seqs().values()
+    told = {
+        seq
+        for event in listener.of(Event)
+        if event.kind == "messages_dropped"
+        for seq in range(int(event.fields["first_seq"]), int(event.fields["last_seq"]) + 1)
+    }
+    missing = set(range(1, max(seqs) + 1)) - set(seqs)
+    assert missing
+    assert missing <= told
