@@ -23,7 +23,7 @@ MARKS = {"chosen": "chosen", "passed": "meets", "missed": "misses", "failed": "f
 
 
 @app.command()
-def optimize(  # noqa: PLR0917  typer passes them by name
+def optimize(
     model: str = typer.Argument(help="An .onnx file, package.module:factory or file.py:factory (torch), or a TrainTask."),
     target: str = typer.Option(..., "--target", "-t", help="Name of a target profile, or a .toml file; host is this machine."),
     data: str = typer.Option(

@@ -207,7 +207,9 @@ def judge(candidates: Sequence[Measured], budget: Budget, *, baseline: str, targ
         verdicts=verdicts,
         chosen=chosen.name,
         is_budget_met=bool(meeting),
-        sentence=_sentence(chosen, origin, candidates, checks, meeting),
+        sentence=_sentence(chosen, origin, candidates, checks, target or "the target")
+        if meeting
+        else _apology(chosen, origin, checks),
         pareto=find_pareto(usable),
     )
 
@@ -375,7 +377,7 @@ def _why_chosen(item: Measured, origin: Measured, checks: Sequence[BudgetCheck],
     if not meeting:
         return _join([f"no candidate meets the budget; this one is nearest: {describe_misses(checks)}"])
     tied = [other.name for other in meeting if other is not item and is_tie(other, item)]
-    facts = _join([_speed(item, origin), _quality(item), _size(item)])
+    facts = _facts(item, origin)
     if len(meeting) == 1:
         return f"the only candidate that meets the budget: {facts}"
     if tied:
@@ -389,7 +391,7 @@ def _why_not(item: Measured, chosen: Measured, origin: Measured) -> str:
     if is_tie(item, chosen):
         if item.size_bytes > chosen.size_bytes * (1 + SIZE_TIE):
             share = item.size_bytes / chosen.size_bytes - 1
-            return _join([f"meets the budget; ties with {chosen.name} in latency, but is {share:.0%} larger", *note])
+            return _join([f"meets the budget; ties with {chosen.name} in latency, but is {share * 100:.0f} % larger", *note])
         return _join([f"meets the budget; ties with {chosen.name} in latency and size, and is not more accurate", *note])
     factor = ratio_of(item)[0] / ratio_of(chosen)[0]
     if factor < 1:
@@ -397,17 +399,26 @@ def _why_not(item: Measured, chosen: Measured, origin: Measured) -> str:
     return _join([f"meets the budget; takes {factor:.2f}x the time of {chosen.name}", *note])
 
 
+def _facts(item: Measured, origin: Measured) -> str:
+    return _join([_speed(item, origin), _quality(item), _size(item)])
+
+
+def _apology(chosen: Measured, origin: Measured, checks: dict[str, tuple[BudgetCheck, ...]]) -> str:
+    misses = describe_misses(checks[chosen.name])
+    return f"Budget not met: {chosen.name} is nearest ({_facts(chosen, origin)}); {misses}."
+
+
 def _sentence(
     chosen: Measured,
     origin: Measured,
     candidates: Sequence[Measured],
     checks: dict[str, tuple[BudgetCheck, ...]],
-    meeting: Sequence[Measured],
+    target: str,
 ) -> str:
-    facts = _join([_speed(chosen, origin), _quality(chosen), _size(chosen)])
-    if not meeting:
-        return f"Budget not met: {chosen.name} is nearest ({facts}); {describe_misses(checks[chosen.name])}."
-    return _join([f"Budget met: {chosen.name}, {facts}", _why_no_int8(chosen, candidates, checks)]) + "."
+    is_here = chosen.latency is None or chosen.latency.is_on_target
+    place = "" if is_here else f"times are this host's, not those of {target}"
+    parts = [f"Budget met: {chosen.name}, {_facts(chosen, origin)}", _why_no_int8(chosen, candidates, checks), place]
+    return _join(parts) + "."
 
 
 def _why_no_int8(chosen: Measured, candidates: Sequence[Measured], checks: dict[str, tuple[BudgetCheck, ...]]) -> str:
@@ -424,5 +435,5 @@ def _why_no_int8(chosen: Measured, candidates: Sequence[Measured], checks: dict[
         return f"int8 costs too much: {nearest.name}: {describe_misses(checks[nearest.name])}"
     best = pick_fastest(allowed)
     if is_tie(best, chosen):
-        return f"int8 does not pay on this hardware: {best.name} is no faster than {chosen.name}"
-    return f"int8 does not pay on this hardware: {best.name} takes {ratio_of(best)[0] / ratio_of(chosen)[0]:.2f}x the time"
+        return f"int8 does not pay here: {best.name} is no faster than {chosen.name}"
+    return f"int8 does not pay here: {best.name} takes {ratio_of(best)[0] / ratio_of(chosen)[0]:.2f}x the time"

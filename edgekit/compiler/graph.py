@@ -36,6 +36,7 @@ WRITTEN_OPSET = 17
 """What older models are lifted to: every runtime since 2022 reads it."""
 WRITTEN_IR = 8
 QUANTIZED_OPERATORS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"})
+LAYERS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN"})
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 MAXIMUM_BYTES = 2**31 - 1
 """A protobuf message ends here; an edge model that is larger has another problem."""
@@ -55,6 +56,10 @@ class GraphFacts:
     has_float16_weights: bool
     subgraph_share: float
     """Share of the parameters that lies inside subgraphs, 0..1."""
+    layers: int
+    """Convolutions, matrix products and recurrent layers of the main graph."""
+    inner_layers: int
+    """Such layers inside subgraphs, where no quantizer reaches them."""
     foreign_domains: tuple[str, ...]
     constants: int
     """Weights that are kept as Constant nodes."""
@@ -159,9 +164,15 @@ def facts_of(proto: ModelProto) -> GraphFacts:
             for tensor in _weights_of(graph)
         ),
         subgraph_share=inner / total if total else 0.0,
+        layers=_count_layers(proto.graph),
+        inner_layers=sum(_count_layers(graph) for graph in graphs[1:]),
         foreign_domains=tuple(sorted({node.domain for node in nodes} - STANDARD_DOMAINS)),
         constants=operators.get("Constant", 0),
     )
+
+
+def _count_layers(graph: GraphProto) -> int:
+    return sum(node.op_type in LAYERS for node in graph.node)
 
 
 def opset_of(proto: ModelProto) -> int:

@@ -310,9 +310,15 @@ def _assemble(
         verdict=judgement.sentence,
         seconds=time.monotonic() - started,
         host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
-        warnings=prepared.warnings,
+        warnings=(*prepared.warnings, *_doubts(records[judgement.chosen])),
         op_latency=_profile(prepared, candidates, {BASELINE, judgement.chosen}),
     )
+
+
+def _doubts(chosen: Candidate) -> tuple[str, ...]:
+    """Terms that the chosen candidate meets with a reservation."""
+    checks = [check for check in chosen.verdict.checks if check.is_met and check.note]
+    return tuple(f"{check.name}<={check.limit:g} is met, but {check.note}" for check in checks if "interval" in check.note)
 
 
 def _record(prepared: Prepared, item: Made, judgement: Judgement, now: datetime) -> Candidate:

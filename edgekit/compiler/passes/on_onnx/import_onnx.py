@@ -34,8 +34,8 @@ class ImportOnnx:
         found = [*notes]
         if before.constants:
             found.append(f"{before.constants} Constant nodes became initializers")
-        if before.subgraph_share > 0:
-            found.append(f"{before.subgraph_share:.0%} of the weights lay inside subgraphs")
+        if before.inner_layers:
+            found.append(f"{before.inner_layers} computing layers lie inside If, Loop or Scan subgraphs")
         if before.foreign_domains:
             found.append(f"operators outside the standard: {', '.join(before.foreign_domains)}")
         precision = "int8" if before.is_quantized else "fp16" if before.has_float16_weights else "fp32"

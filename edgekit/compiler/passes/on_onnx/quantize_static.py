@@ -49,12 +49,12 @@ def find_quantization_obstacle(model: WorkModel) -> str | None:
         return "the model is already quantized; only cleaning it up is offered"
     if facts.has_float16_weights:
         return "the weights are float16; int8 starts from a float32 model: export it in float32"
-    if not any(facts.operators.get(kind) for kind in (*COMPUTING, "LSTM", "GRU")):
+    if facts.layers == 0 and facts.inner_layers == 0:
         return "nothing to quantize: no convolution, matrix product or recurrent layer"
-    if facts.subgraph_share > 0.5:
+    if facts.inner_layers > facts.layers:
+        inside = f"{facts.inner_layers} of {facts.layers + facts.inner_layers} computing layers"
         return (
-            f"{facts.subgraph_share:.0%} of the weights lie inside If, Loop or Scan subgraphs, "
-            "which the quantizer does not enter; export the model without control flow"
+            f"{inside} lie inside If, Loop or Scan subgraphs, which the quantizer does not enter; export without control flow"
         )
     return None
 
