@@ -1,0 +1,50 @@
+"""HTML and SVG that cannot be injected into: text is escaped unless it was built here.
+
+>>> element("p", "1 < 2 & ", element("b", "bold"), class_="note")
+'<p class="note">1 &lt; 2 &amp; <b>bold</b></p>'
+"""
+
+from __future__ import annotations
+
+import re
+from html import escape
+
+_VOID = frozenset({"meta", "br", "hr", "col"})
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]")
+"""Control characters, overrides of the writing direction and lone surrogates: names could deceive by them."""
+
+
+class Markup(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+Child = str | Markup | None
+Attribute = str | float | None
+
+
+def text(value: str) -> Markup:
+    """Text as it should be read, control characters shown as a replacement sign."""
+    return value if isinstance(value, Markup) else Markup(escape(_CONTROL.sub("\ufffd", value), quote=True))
+
+
+def element(tag: str, *children: Child, **attributes: Attribute) -> Markup:
+    """One element; ``class_`` is ``class``, other underscores become hyphens, None leaves a child or an attribute out."""
+    parts = []
+    for name, value in attributes.items():
+        if value is not None:
+            shown = number(value) if isinstance(value, int | float) else value
+            parts.append(f' {name.rstrip("_").replace("_", "-")}="{text(shown)}"')
+    start = f"<{tag}{''.join(parts)}>"
+    return Markup(start) if tag in _VOID else Markup(f"{start}{join(*children)}</{tag}>")
+
+
+def join(*children: Child) -> Markup:
+    """Several pieces after each other."""
+    return Markup("".join(text(child) for child in children if child is not None))
+
+
+def number(value: float) -> str:
+    """A coordinate: two decimals at most, never an exponent."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
