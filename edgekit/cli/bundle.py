@@ -16,6 +16,7 @@ from edgekit.schema.digest import short
 if TYPE_CHECKING:
     from edgekit.bundle.reader import Bundle
     from edgekit.bundle.sampling import OpenedModel
+    from edgekit.dataset.data import Dataset
     from edgekit.schema.candidate import Candidate
     from edgekit.schema.manifest import Manifest
 
@@ -48,7 +49,7 @@ def keygen(
 
 
 @app.command()
-def pack(  # noqa: PLR0917 - options
+def pack(
     folder: Path = typer.Argument(..., metavar="DIR", help="Output folder of edgekit optimize."),
     name: str = typer.Option(..., "--name", help="The model's name, lower case."),
     version: str = typer.Option(..., "--version", help="The release's version, for example 1.0.0."),
@@ -95,7 +96,7 @@ def _open(path: Path, *, threads: int, is_optimized: bool) -> OpenedModel:
     return open_session(path, options=SessionOptions(threads=threads, is_optimized=is_optimized))
 
 
-def _load_samples(candidate: Candidate, spec: str):  # type: ignore[no-untyped-def]  # noqa: ANN202 - the dataset's own type
+def _load_samples(candidate: Candidate, spec: str) -> Dataset:
     from edgekit.dataset.load import load_dataset
 
     return load_dataset(spec, candidate.artifact.inputs if candidate.artifact else ())

@@ -120,6 +120,10 @@ def load_signer(path: Path, *, passphrase: str | None = None) -> Signer:
 
 
 def _parse_private(path: Path, data: bytes, passphrase: str) -> Ed25519PrivateKey:
+    if not data:
+        raise UsageError(
+            "key.malformed", f"{path}: the key file is empty.", hint="An interrupted command left it; delete it, make it again."
+        )
     is_encrypted = b"ENCRYPTED PRIVATE KEY" in data
     if is_encrypted and not passphrase:
         raise UsageError("key.passphrase", f"{path}: the key is encrypted.", hint=f"Set {PASSPHRASE_VARIABLE}.")
