@@ -15,7 +15,7 @@ from typing import Literal, assert_never
 
 from edgekit.compiler.markup import Markup, element
 
-Shape = Literal["star", "circle", "square", "triangle"]
+Shape = Literal["star", "circle", "square", "triangle", "cross"]
 Interval = tuple[float, float] | None
 CHARACTER_PX = 6.4
 """Width of a character of a 12 px label, on the wide side for system fonts."""
@@ -246,6 +246,8 @@ def shape(kind: Shape, x: float, y: float) -> Markup:
                 f"{x + radius * math.cos(angle):.1f},{y + radius * math.sin(angle):.1f}" for radius, angle in tips
             )
             return element("polygon", points=corners)
+        case "cross":
+            return element("path", d=f"M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10", class_="stroke")
         case _:
             assert_never(kind)
 

@@ -31,7 +31,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One class: the value before and after; ``note`` is the change, ``kind`` the CSS class (``worse``, ``better``, ``same``)."""
+    """One class: the value before and after; ``note`` is the change, ``kind`` one of ``worse``, ``better``, ``same``."""
 
     name: str
     before: float

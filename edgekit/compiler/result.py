@@ -30,7 +30,10 @@ class RequestSummary(Record, frozen=True, kw_only=True):
 
 
 class DataDescription(Record, frozen=True, kw_only=True):
-    """A data set of the run; ``role`` is ``calibration`` or ``evaluation``."""
+    """A data set of the run; ``role`` is ``calibration`` or ``evaluation``.
+
+    ``class_counts`` has the samples of each class by label or index, where the data has labels of classes.
+    """
 
     role: str
     source: str
@@ -38,6 +41,7 @@ class DataDescription(Record, frozen=True, kw_only=True):
     samples: int
     has_labels: bool
     class_names: tuple[str, ...] = ()
+    class_counts: dict[str, int] = {}  # noqa: RUF012  msgspec copies an empty default per instance
 
 
 class OpLatency(Record, frozen=True, kw_only=True):

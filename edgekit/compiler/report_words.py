@@ -1,0 +1,167 @@
+"""Figures and claims of a report in words: a claim is made only where its interval allows it.
+
+>>> size(100_413), milliseconds(0.0686), times(1.684)
+('100.4\\xa0kB', '0.0686\\xa0ms', '1.68\\xd7')
+"""
+
+from __future__ import annotations
+
+import math
+
+from edgekit.compiler.gate import LATENCY_TIE
+from edgekit.compiler.result import OptimizeResult
+from edgekit.schema.candidate import Candidate
+from edgekit.schema.measurement import EvalReport, LatencyReport
+
+NBSP = "\u00a0"
+MINUS = "\u2212"
+TIMES = "\u00d7"
+NONE = "\u2014"
+METRICS = {
+    "top1": "top-1 accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "agreement": "agreement with the baseline",
+    "sqnr_db": "signal to quantization noise",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+}
+SHARES = frozenset({"top1", "balanced_accuracy", "agreement"})
+SIZE_SAME = 0.02
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number without an exponent, with so many significant digits."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else NONE
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{min(decimals, 9)}f}".replace("-", MINUS)
+
+
+def milliseconds(value: float) -> str:
+    """A duration."""
+    return f"{significant(value)}{NBSP}ms"
+
+
+def size(size_bytes: float) -> str:
+    """A size in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{significant(size_bytes / factor, 4)}{NBSP}{unit}"
+    return f"{size_bytes:.0f}{NBSP}bytes"
+
+
+def times(value: float) -> str:
+    """A factor."""
+    return f"{significant(value)}{TIMES}"
+
+
+def metric_title(metric: str) -> str:
+    """What a metric is called in a sentence."""
+    return METRICS.get(metric, metric)
+
+
+def quality(metric: str, value: float) -> str:
+    """A metric's value in its unit."""
+    if metric in SHARES:
+        return f"{value * 100:.2f}{NBSP}%"
+    return f"{significant(value, 4)}{NBSP}dB" if metric == "sqnr_db" else significant(value, 4)
+
+
+def difference(metric: str, value: float, *, is_bare: bool = False) -> str:
+    """A signed difference of two values; shares differ by percentage points."""
+    sign = "+" if value > 0 else MINUS if value < 0 else "\u00b1"
+    if metric in SHARES:
+        return f"{sign}{abs(value) * 100:.2f}" + ("" if is_bare else f"{NBSP}points")
+    unit = f"{NBSP}dB" if metric == "sqnr_db" and not is_bare else ""
+    return f"{sign}{significant(abs(value), 3)}{unit}"
+
+
+def change(report: EvalReport) -> float:
+    """Value minus baseline."""
+    return -report.drop if report.is_higher_better else report.drop
+
+
+def change_interval(report: EvalReport) -> tuple[float, float] | None:
+    """The 95 % interval of :func:`change`."""
+    if report.drop_low is None or report.drop_high is None:
+        return None
+    return (-report.drop_high, -report.drop_low) if report.is_higher_better else (report.drop_low, report.drop_high)
+
+
+def change_words(report: EvalReport) -> str:
+    """The change with its interval."""
+    interval = change_interval(report)
+    shown = difference(report.metric, change(report))
+    if interval is None or interval[0] == interval[1]:
+        return shown
+    low, high = (difference(report.metric, value, is_bare=True) for value in interval)
+    return f"{shown} (95{NBSP}% interval {low} to {high})"
+
+
+def is_tie(report: LatencyReport) -> bool:
+    """Whether the latency cannot be told from the baseline's."""
+    if report.ratio is None:
+        return True
+    low, high = _ratio_interval(report)
+    return low <= 1 <= high or abs(report.ratio - 1) <= max(report.noise, LATENCY_TIE)
+
+
+def _ratio_interval(report: LatencyReport) -> tuple[float, float]:
+    ratio = report.ratio or 1.0
+    low = ratio if report.ratio_low is None else report.ratio_low
+    return low, ratio if report.ratio_high is None else report.ratio_high
+
+
+def speed(report: LatencyReport) -> str:
+    """How much faster or slower than the baseline."""
+    if report.ratio is None:
+        return "the baseline"
+    if is_tie(report):
+        return "as fast, within the noise"
+    return f"{times(1 / report.ratio)} faster" if report.ratio < 1 else f"{times(report.ratio)} slower"
+
+
+def speed_interval(report: LatencyReport) -> str:
+    """The interval of the factor that :func:`speed` names."""
+    if report.ratio is None or report.ratio_low is None or report.ratio_high is None or min(_ratio_interval(report)) <= 0:
+        return ""
+    low, high = report.ratio_low, report.ratio_high
+    if report.ratio < 1:
+        low, high = 1 / high, 1 / low
+    return f"95{NBSP}% interval {significant(low)} to {times(high)}"
+
+
+def smaller(candidate: Candidate, baseline: Candidate) -> str:
+    """How much smaller or larger than the baseline; empty where one has no file."""
+    if candidate.artifact is None or baseline.artifact is None or not candidate.artifact.size_bytes:
+        return ""
+    factor = baseline.artifact.size_bytes / candidate.artifact.size_bytes
+    if abs(factor - 1) <= SIZE_SAME:
+        return "as large"
+    return f"{times(factor)} smaller" if factor > 1 else f"{times(1 / factor)} larger"
+
+
+def loss(report: EvalReport) -> str:
+    """The change of quality as a claim."""
+    title, interval = metric_title(report.metric), change_interval(report)
+    if report.drop == 0 and (interval is None or interval[0] <= 0 <= interval[1]):
+        return f"with the same {title}"
+    if interval is not None and interval[0] <= 0 <= interval[1]:
+        return f"with no measurable change in {title}"
+    return f"at {difference(report.metric, change(report))} of {title}"
+
+
+def headline(result: OptimizeResult) -> str:
+    """The answer in one sentence."""
+    chosen, baseline = result.chosen, result.baseline
+    if not result.is_budget_met:
+        return f"No candidate meets the budget; {chosen.name} comes nearest."
+    if chosen.name == baseline.name:
+        return f"Keep {chosen.name}: nothing that was tried is better within the budget."
+    gains = [speed(chosen.latency).split(",")[0]] if chosen.latency and chosen.latency.ratio is not None else []
+    gains += [part for part in [smaller(chosen, baseline)] if part]
+    against = f" {'as' if gains and gains[-1].startswith('as ') else 'than'} {baseline.name}" if gains else ""
+    parts = [" and ".join(gains) + against] if gains else []
+    if chosen.evaluation is not None:
+        parts.append(loss(chosen.evaluation))
+    return f"Use {chosen.name}: {', '.join(parts)}." if parts else f"Use {chosen.name}."
