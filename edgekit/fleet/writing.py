@@ -1,0 +1,281 @@
+"""Messages into tables: one transaction a batch, each message once by (device, boot, seq).
+
+The rules: a birth opens a boot, a death of another boot than the last birth's is ignored; the newest reported state wins by
+time and seq; a window is only read with the metric names that its own boot declared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import msgspec
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from edgekit.errors import ArtifactError
+from edgekit.fleet import tables
+from edgekit.fleet.gaps import SeqRanges
+from edgekit.schema.message import AnyMessage, Birth, Death, Event, Heartbeat, MetricSpec, Reported, Window, WindowBatch
+from edgekit.telemetry.codec import encode, schema_crc, unpack_values
+
+SPARKLINE_POINTS = 30
+DETAIL_CHARACTERS = 2000
+MAX_BOOTS_CACHED = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """One decoded message with where it came from and when."""
+
+    site: str
+    device: str
+    message: AnyMessage
+    received_ms: int
+
+
+class Latest(msgspec.Struct, kw_only=True):
+    """What a list of devices shows of the newest window, kept beside the device."""
+
+    values: dict[str, float] = {}
+    duration_ms: int = 0
+    sparkline: list[float | None] = []
+
+
+@dataclass
+class _Boot:
+    """A boot that is being received."""
+
+    ranges: SeqRanges
+    given_out: int = 0
+    late: int = 0
+    schema: int = 0
+    metrics: tuple[MetricSpec, ...] = ()
+    is_dirty: bool = False
+
+
+@dataclass
+class Writer:
+    """Applies batches. One writer a database; its caches are only right as long as that holds."""
+
+    _ids: dict[tuple[str, str], int] = field(default_factory=dict)
+    _boots: dict[tuple[int, int], _Boot] = field(default_factory=dict)
+    stored: int = 0
+    duplicates: int = 0
+
+    def forget(self) -> None:
+        """Drop the caches: after a transaction that was rolled back."""
+        self._ids.clear()
+        self._boots.clear()
+
+    def apply(self, connection: Connection, batch: Sequence[Received]) -> set[tuple[str, str]]:
+        """Write a batch inside the caller's transaction.
+
+        Returns:
+            The devices that changed.
+        """
+        if len(self._boots) > MAX_BOOTS_CACHED:
+            self._boots.clear()
+        touched: dict[int, int] = {}
+        for item in batch:
+            device_id = self._device(connection, item)
+            touched[device_id] = max(touched.get(device_id, 0), item.received_ms)
+            self._apply_one(connection, device_id, item)
+        for device_id, received_ms in touched.items():
+            row = tables.devices
+            connection.execute(
+                update(row).where(row.c.id == device_id, row.c.last_seen_ms < received_ms).values(last_seen_ms=received_ms)
+            )
+        self._save_boots(connection)
+        return {(item.site, item.device) for item in batch}
+
+    def _device(self, connection: Connection, item: Received) -> int:
+        key = (item.site, item.device)
+        if key not in self._ids:
+            row = tables.devices
+            found = connection.execute(select(row.c.id).where(row.c.site == item.site, row.c.device == item.device)).scalar()
+            if found is None:
+                values = {
+                    "site": item.site,
+                    "device": item.device,
+                    "first_seen_ms": item.received_ms,
+                    "last_seen_ms": item.received_ms,
+                }
+                primary_key = connection.execute(insert(row).values(**values)).inserted_primary_key
+                assert primary_key is not None
+                found = primary_key[0]
+            self._ids[key] = int(found)
+        return self._ids[key]
+
+    def _boot(self, connection: Connection, device_id: int, boot: int) -> _Boot:
+        key = (device_id, boot)
+        if key not in self._boots:
+            row = tables.boots
+            found = connection.execute(select(row).where(row.c.device_id == device_id, row.c.boot == boot)).one_or_none()
+            if found is None:
+                connection.execute(insert(row).values(device_id=device_id, boot=boot, received=msgspec.msgpack.encode([])))
+                self._boots[key] = _Boot(ranges=SeqRanges())
+            else:
+                ranges = msgspec.msgpack.decode(found.received, type=list[tuple[int, int]])
+                metrics = msgspec.msgpack.decode(found.metrics, type=tuple[MetricSpec, ...]) if found.metrics else ()
+                self._boots[key] = _Boot(
+                    ranges=SeqRanges(ranges),
+                    given_out=found.given_out,
+                    late=found.late,
+                    schema=found.schema,
+                    metrics=metrics,
+                )
+        return self._boots[key]
+
+    def _save_boots(self, connection: Connection) -> None:
+        row = tables.boots
+        for (device_id, number), boot in self._boots.items():
+            if boot.is_dirty:
+                values = {
+                    "received": msgspec.msgpack.encode(boot.ranges.ranges),
+                    "given_out": boot.given_out,
+                    "late": boot.late,
+                }
+                connection.execute(update(row).where(row.c.device_id == device_id, row.c.boot == number).values(**values))
+                boot.is_dirty = False
+
+    def _note(self, boot: _Boot, seq: int, *, is_late: bool = False) -> bool:
+        """Count a stored message; False for one that is there already."""
+        if not boot.ranges.add(seq):
+            self.duplicates += 1
+            return False
+        boot.is_dirty = True
+        boot.late += is_late
+        self.stored += 1
+        return True
+
+    def _apply_one(self, connection: Connection, device_id: int, item: Received) -> None:
+        message = item.message
+        match message:
+            case Birth():
+                self._birth(connection, device_id, message)
+            case Death():
+                row = tables.devices
+                statement = update(row).where(row.c.id == device_id, row.c.boot.in_((message.boot, 0)))
+                connection.execute(statement.values(is_connected=False, is_clean_death=message.is_clean))
+            case Heartbeat():
+                boot = self._boot(connection, device_id, message.boot)
+                boot.is_dirty = boot.is_dirty or message.seq > boot.given_out
+                boot.given_out = max(boot.given_out, message.seq)
+            case WindowBatch():
+                self._windows(connection, device_id, message)
+            case Event():
+                self._event(connection, device_id, message)
+            case Reported():
+                self._reported(connection, device_id, message)
+            case _:
+                assert_never(message)
+
+    def _birth(self, connection: Connection, device_id: int, message: Birth) -> None:
+        boot = self._boot(connection, device_id, message.boot)
+        self._note(boot, message.seq)
+        boot.metrics, boot.schema = message.metrics, schema_crc(message.metrics, message.sketches)
+        row = tables.boots
+        values = {
+            "schema": boot.schema,
+            "metrics": msgspec.msgpack.encode(message.metrics),
+            "sketches": msgspec.msgpack.encode(message.sketches),
+        }
+        connection.execute(update(row).where(row.c.device_id == device_id, row.c.boot == message.boot).values(**values))
+        device = tables.devices
+        newer = update(device).where(device.c.id == device_id, device.c.booted_ms <= message.time_ms)
+        connection.execute(
+            newer.values(
+                boot=message.boot,
+                booted_ms=message.time_ms,
+                birth=encode(message),
+                is_connected=True,
+                is_clean_death=False,
+            )
+        )
+
+    def _windows(self, connection: Connection, device_id: int, batch: WindowBatch) -> None:
+        boot = self._boot(connection, device_id, batch.boot)
+        rows = []
+        newest: Window | None = None
+        for window in batch.windows:
+            if not self._note(boot, window.seq, is_late=batch.is_late):
+                continue
+            rows.append(
+                {
+                    "device_id": device_id,
+                    "boot": batch.boot,
+                    "seq": window.seq,
+                    "start_ms": window.start_ms,
+                    "duration_ms": window.duration_ms,
+                    "schema": batch.schema,
+                    "model_digest": window.model_digest[:12],
+                    "vector": window.values,
+                    "sketches": msgspec.msgpack.encode(window.sketches) if any(window.sketches) else None,
+                    "is_late": batch.is_late,
+                }
+            )
+            if newest is None or window.start_ms > newest.start_ms:
+                newest = window
+        if rows:
+            connection.execute(insert(tables.windows), rows)
+        if newest is not None and boot.schema == batch.schema:
+            self._keep_latest(connection, device_id, boot, newest)
+
+    def _keep_latest(self, connection: Connection, device_id: int, boot: _Boot, window: Window) -> None:
+        """Keep the newest window's figures beside the device, unless a newer one is there."""
+        row = tables.devices
+        found = connection.execute(select(row.c.window_ms, row.c.latest).where(row.c.id == device_id)).one()
+        if found.window_ms > window.start_ms:
+            return
+        try:
+            vector = unpack_values(window.values)
+        except ArtifactError:
+            return
+        values = {spec.name: value for spec, value in zip(boot.metrics, vector, strict=False) if not math.isnan(value)}
+        before = msgspec.msgpack.decode(found.latest, type=Latest).sparkline if found.latest else []
+        sparkline = [*before, values.get("latency_p50_ms")][-SPARKLINE_POINTS:]
+        latest = Latest(values=values, duration_ms=window.duration_ms, sparkline=sparkline)
+        statement = update(row).where(row.c.id == device_id)
+        connection.execute(statement.values(window_ms=window.start_ms, latest=msgspec.msgpack.encode(latest)))
+
+    def _event(self, connection: Connection, device_id: int, message: Event) -> None:
+        if not self._note(self._boot(connection, device_id, message.boot), message.seq):
+            return
+        values = {
+            "device_id": device_id,
+            "boot": message.boot,
+            "seq": message.seq,
+            "time_ms": message.time_ms,
+            "kind": message.kind,
+            "detail": message.detail[:DETAIL_CHARACTERS],
+            "code": message.code[:64],
+            "model": message.model[:64],
+            "version": message.version[:64],
+            "counter": message.counter,
+        }
+        try:
+            with connection.begin_nested():
+                connection.execute(insert(tables.events).values(**values))
+        except IntegrityError:
+            self.duplicates += 1
+
+    def _reported(self, connection: Connection, device_id: int, message: Reported) -> None:
+        self._note(self._boot(connection, device_id, message.boot), message.seq)
+        row = tables.devices
+        found = connection.execute(select(row.c.reported_ms, row.c.reported_seq, row.c.boot).where(row.c.id == device_id)).one()
+        if (message.time_ms, message.seq) < (found.reported_ms, found.reported_seq):
+            return
+        active = next((slot for slot in message.slots if slot.name == message.active), None)
+        values: dict[str, Any] = {
+            "reported": encode(message),
+            "reported_ms": message.time_ms,
+            "reported_seq": message.seq,
+            "model": active.model if active else "",
+            "version": active.version if active else "",
+            "counter": active.counter if active else 0,
+            "model_digest": active.model_digest.removeprefix("sha256:")[:12] if active else "",
+        }
+        connection.execute(update(row).where(row.c.id == device_id).values(**values))
