@@ -16,17 +16,17 @@ import msgspec
 
 from edgekit.agent.journal import Journal, now_ms
 from edgekit.agent.mqtt import FAILURE_CODE, MAX_IN_FLIGHT, Connection, Handlers
-from edgekit.agent.outbox import Outbox, Row
+from edgekit.agent.outbox import Kind, Outbox, Row
 from edgekit.schema.message import Death, Heartbeat, Window, WindowBatch
 from edgekit.telemetry.codec import encode
-from edgekit.telemetry.topics import topic
+from edgekit.telemetry.topics import Verb, topic
 
 logger = logging.getLogger(__name__)
 
 BATCH_WINDOWS = 30
 REFUSED_RETRY_S = 30.0
 GOODBYE_SECONDS = 2.0
-_VERBS = {"birth": "status", "rep": "rep", "ev": "ev", "w": "w"}
+_VERBS: dict[Kind, Verb] = {"birth": "status", "rep": "rep", "ev": "ev", "w": "w"}
 
 
 @dataclass

@@ -6,7 +6,6 @@ good model is given up only when everything that replaces it is on this disk and
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.durable import disk_full
+from edgekit.agent.durable import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.link import Model
 from edgekit.agent.plan import (
@@ -40,8 +39,6 @@ from edgekit.schema.release import Release
 from edgekit.schema.state import Phase, Slot, SlotName
 
 logger = logging.getLogger(__name__)
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class ReleaseRefused(Exception):  # noqa: N818 - a verdict, caught by the updater
@@ -170,7 +167,7 @@ class Installer:
         try:
             yield
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL:
                 raise DeviceError("device.disk_error", f"{plan.intent}: {error}.", hint="Check the disk.") from error
             free = disk_free_bytes(self._config.state_path)
             self._discard(plan)

@@ -19,6 +19,7 @@ import msgspec
 from edgekit.agent.background import in_background
 from edgekit.agent.child import SelfTestFailed
 from edgekit.agent.config import AgentConfig
+from edgekit.agent.durable import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.journal import Journal
 from edgekit.agent.link import Model
@@ -27,7 +28,8 @@ from edgekit.agent.slots import SlotStore
 from edgekit.agent.source import RepositorySource
 from edgekit.agent.state_store import StateStore
 from edgekit.agent.steps import Contents, Installer, ReleaseRefused
-from edgekit.errors import EdgekitError, RepositoryError, TrustError
+from edgekit.agent.vitals import disk_free_bytes
+from edgekit.errors import DeviceError, EdgekitError, RepositoryError, TrustError
 from edgekit.schema.release import Release
 from edgekit.schema.state import Floors, Refusal, Slot
 
@@ -117,7 +119,8 @@ class Updater:
         """
         try:
             source, releases = await self._refresh()
-        except EdgekitError as error:
+        except (EdgekitError, OSError) as failure:
+            error = failure if isinstance(failure, EdgekitError) else self._disk_error(failure, 0)
             self._note_unreachable(error)
             cap = max(self.config.poll_s, min(60 * self.config.poll_s, RETRY_CAP_S))
             return self.config.poll_s + backoff_s(self.failures, base_s=self.config.poll_s, cap_s=cap, draw=random.random)
@@ -177,10 +180,17 @@ class Updater:
             await self._do(plan, installer, source)
         except ReleaseRefused as refused:
             self._refuse(plan, refused)
-        except (EdgekitError, OSError) as error:
-            if isinstance(error, EdgekitError) and error.code == "agent.stopping":
-                return
-            self._fail(plan, error)
+        except EdgekitError as error:
+            if error.code != "agent.stopping":
+                self._fail(plan, error)
+        except OSError as error:
+            self._fail(plan, self._disk_error(error, info.installed_bytes))
+
+    def _disk_error(self, error: OSError, needed: int) -> DeviceError:
+        """What the disk said, as ours."""
+        if error.errno in FULL:
+            return disk_full(self.config.state_path, needed, disk_free_bytes(self.config.state_path))
+        return DeviceError("device.disk_error", f"{self.config.state_dir}: {error}.", hint="Check the disk.")
 
     async def _do(self, plan: Plan, installer: Installer, source: RepositorySource) -> None:
         contents: Contents | None = None
@@ -253,11 +263,10 @@ class Updater:
             self.store.update_slot(Slot(name=plan.slot))
             self.slots.clear(plan.slot)
 
-    def _fail(self, plan: Plan, error: EdgekitError | OSError) -> None:
+    def _fail(self, plan: Plan, error: EdgekitError) -> None:
         """Try again later; the fleet hears of it once for each new reason."""
         digest = plan.release.manifest_digest
-        known = isinstance(error, EdgekitError)
-        code, message = (error.code, error.message) if known else ("device.disk_error", str(error))  # type: ignore[union-attr]
+        code, message = error.code, error.message
         before = self._deferred.get(digest)
         failures = before.failures + 1 if before else 1
         base = RETRY_BASE_S if not isinstance(error, RepositoryError | TrustError) else max(RETRY_BASE_S, self.config.poll_s)

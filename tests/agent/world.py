@@ -84,8 +84,8 @@ def build_manifest(*, version="1.0", requires=None, blobs=None, name="m"):
     )
 
 
-def build_model(seed: int) -> tuple[bytes, np.ndarray]:
-    """y = x W, with the weights of a seed."""
+def build_model(seed: int, padding: int = 0) -> tuple[bytes, np.ndarray]:
+    """y = x W, with the weights of a seed; as many bytes larger as padding says."""
     weights = np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -95,6 +95,7 @@ def build_model(seed: int) -> tuple[bytes, np.ndarray]:
         [numpy_helper.from_array(weights, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model.doc_string = "x" * padding
     return model.SerializeToString(), weights
 
 
@@ -149,9 +150,9 @@ class World:
             self.server.server_close()
             self.server = None
 
-    def publish(self, version: str, *, seed: int, broken: bool = False, model: bytes | None = None, requires=None):
+    def publish(self, version: str, *, seed: int, broken: bool = False, model: bytes | None = None, requires=None, padding=0):
         """Publish a release; a broken one has golden samples of other weights."""
-        made, weights = build_model(seed)
+        made, weights = build_model(seed, padding)
         golden = build_golden(weights[::-1] if broken else weights)
         blobs = {(0, "model"): model or made, (0, "golden"): golden}
         manifest = build_manifest(version=version, blobs=blobs, requires=requires)
@@ -189,10 +190,10 @@ class Agent:
         self.config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
         self.process: subprocess.Popen | None = None
 
-    def start(self, **environment: str) -> Agent:
+    def start(self, *, prefix: tuple[str, ...] = (), **environment: str) -> Agent:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edgekit", "agent", "run", "--config", str(self.config)],
+                [*prefix, sys.executable, "-m", "edgekit", "agent", "run", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
