@@ -51,7 +51,7 @@ def trust(folder: Path = FOLDER, key: Path = typer.Argument(..., metavar="PUBKEY
 
 
 @app.command()
-def publish(  # noqa: PLR0917 - options
+def publish(
     folder: Path = FOLDER,
     bundle: Path = typer.Argument(..., metavar="BUNDLE", help="The .edgekit file."),
     channel: str = typer.Option("production", "--channel", help="Where devices look for it."),
