@@ -37,6 +37,7 @@ LATENCY_TIE = 0.02
 SIZE_TIE = 0.05
 """Files that differ by less than this share of the smaller one count as equally large."""
 BYTES_PER_MB = 1e6
+_RAM_NOTE = "peak of a process of its own on this host, Python and runtime included"
 _TERM = re.compile(r"\s*(?P<name>[A-Za-z_][\w.:]*)\s*(?P<operator><=|>=|==|<|>|=)\s*(?P<limit>[-+]?[\w.+-]*)\s*\Z")
 
 
@@ -226,8 +227,8 @@ def _check(item: Measured, term: Term, target: str) -> BudgetCheck:
             name=term.name, operator=term.operator, limit=term.limit, value=None, is_met=True, note=note or "not measured"
         )
     is_met = value <= term.limit if term.operator == "<=" else value >= term.limit
-    if term.quantity == "drop" and is_met and item.evaluation and (item.evaluation.drop_high or 0) > term.limit:
-        note = f"the 95 % interval reaches {item.evaluation.drop_high:.4f}: more evaluation samples would decide"
+    if is_met and item.evaluation and (doubt := _doubt(item.evaluation, term)):
+        note = doubt
     return BudgetCheck(
         name=term.name,
         operator=term.operator,
@@ -236,6 +237,17 @@ def _check(item: Measured, term: Term, target: str) -> BudgetCheck:
         is_met=is_met,
         note="; ".join(part for part in (term.note, note) if part),
     )
+
+
+def _doubt(report: EvalReport, term: Term) -> str:
+    """The end of the 95 % interval that would miss the limit, in words; empty where there is none."""
+    if report.drop_high is None or term.quantity not in ("drop", "value"):
+        return ""
+    worst = report.drop_high
+    if term.quantity == "value":
+        worst = report.baseline - worst if report.is_higher_better else report.baseline + worst
+    is_beyond = worst > term.limit if term.operator == "<=" else worst < term.limit
+    return f"the 95 % interval reaches {worst:.4f}: more evaluation samples would decide" if is_beyond else ""
 
 
 def _value_of(item: Measured, quantity: Quantity, target: str) -> tuple[float | None, str]:
@@ -247,7 +259,7 @@ def _value_of(item: Measured, quantity: Quantity, target: str) -> tuple[float | 
         case "size_mb":
             return item.size_bytes / BYTES_PER_MB, ""
         case "ram_mb":
-            return item.ram_mb, "" if item.ram_mb is not None else "could not be measured here; not counted"
+            return item.ram_mb, "could not be measured here; not counted" if item.ram_mb is None else _RAM_NOTE
         case "latency_ms":
             if item.latency is None:
                 return None, "not measured"
@@ -381,7 +393,7 @@ def _why_chosen(item: Measured, origin: Measured, checks: Sequence[BudgetCheck],
     if len(meeting) == 1:
         return f"the only candidate that meets the budget: {facts}"
     if tied:
-        return f"ties with {', '.join(tied)} in latency and wins by size and accuracy: {facts}"
+        return f"ties with {', '.join(tied)} in latency, none of which is smaller, or as small and more accurate: {facts}"
     return f"the fastest of {len(meeting)} candidates that meet the budget: {facts}"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ from edgekit.benchmark.fingerprint import fingerprint
 from edgekit.benchmark.latency import measure
 from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, judge
 from edgekit.compiler.graph import facts_of, read_onnx
+from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.op_profile import profile_operators
 from edgekit.compiler.output import open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
@@ -258,6 +260,18 @@ def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Report
         )
     for item in candidates:
         item.latency = reports.get(item.name)
+    if prepared.budget and any(term.quantity == "ram_mb" for term in prepared.budget.terms):
+        measure_memory(prepared, candidates, reporter)
+
+
+def measure_memory(prepared: Prepared, candidates: list[Made], reporter: Reporter) -> None:
+    """Peak memory of every candidate, each in a process of its own; only where the budget asks for it."""
+    for item in candidates:
+        if item.latency is None or item.model is None or item.session is None:
+            continue
+        reporter.tell("time", f"measuring the memory of {item.name}", 1.0)
+        peak = measure_peak_mb(item.model.path, one_sample(item.session, prepared.evaluation), threads=prepared.threads)
+        item.latency = msgspec.structs.replace(item.latency, peak_rss_mb=peak)
 
 
 def one_sample(session: Session, data: Dataset) -> dict[str, Array]:
@@ -318,7 +332,8 @@ def _assemble(
 def _doubts(chosen: Candidate) -> tuple[str, ...]:
     """Terms that the chosen candidate meets with a reservation."""
     checks = [check for check in chosen.verdict.checks if check.is_met and check.note]
-    return tuple(f"{check.name}<={check.limit:g} is met, but {check.note}" for check in checks if "interval" in check.note)
+    doubts = [check for check in checks if "interval" in check.note]
+    return tuple(f"{check.name}{check.operator}{check.limit:g} is met, but {check.note}" for check in doubts)
 
 
 def _record(prepared: Prepared, item: Made, judgement: Judgement, now: datetime) -> Candidate:

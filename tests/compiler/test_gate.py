@@ -210,6 +210,12 @@ def test_interval_beyond_the_limit_is_noted():
     assert "more evaluation samples" in check_budget(item, BUDGET)[0].note
 
 
+def test_interval_of_a_value_beyond_the_limit_is_noted():
+    item = Measured(name="a", evaluation=quality(0.008, high=0.02), latency=latency(1, 0.5))
+    assert "reaches 0.8800" in check_budget(item, parse_budget("top1>=0.89"))[0].note
+    assert check_budget(item, parse_budget("top1>=0.87"))[0].note == ""
+
+
 def test_memory_that_was_not_measured_is_said():
     check = check_budget(FP32, parse_budget("ram_mb<=1"))[0]
     assert check.value is None

@@ -110,6 +110,15 @@ def test_budget_that_cannot_be_met_still_writes_the_best(place):
     assert (place / "out" / "model.onnx").is_file()
 
 
+def test_memory_is_measured_where_the_budget_asks(place):
+    result = optimize(request(place, budget="ram_mb<=5"))
+    check = result.chosen.verdict.checks[0]
+    assert not result.is_budget_met
+    assert 20 < check.value < 1000
+    assert check.value == result.chosen.latency.peak_rss_mb
+    assert optimize(request(place)).chosen.latency.peak_rss_mb is None
+
+
 def test_same_request_gives_the_same_bytes(place):
     first = optimize(request(place, out=place / "a", effort="default"))
     second = optimize(request(place, out=place / "b", effort="default"))

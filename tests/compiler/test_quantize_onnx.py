@@ -112,6 +112,13 @@ def test_edges_stay_in_fp32(model, tmp_path):
     assert "1 of 3 computing layers are int8" in result.lineage[-1].notes
 
 
+def test_edges_of_a_model_without_inner_layers(tmp_path):
+    source = make_model(matrix(), tmp_path)
+    assert "no layers between" in QuantizeStatic(is_per_channel=True, kept="edges").find_obstacle(
+        source, make_context(tmp_path)
+    )
+
+
 def test_same_input_gives_the_same_bytes(model, tmp_path):
     for index, step in enumerate((QuantizeStatic(is_per_channel=True, method="mse"), QuantizeDynamic())):
         first = step.run(model, make_context(tmp_path / f"{index}-1"))

@@ -85,7 +85,11 @@ class QuantizeStatic:
             return f"the target wants int8 as {context.target.int8.format}; this pass writes QDQ"
         if self.is_per_channel and not context.target.int8.per_channel:
             return f"{context.target.name} has no kernels for one scale per channel"
-        return find_quantization_obstacle(model)
+        if obstacle := find_quantization_obstacle(model):
+            return obstacle
+        if self.kept == "edges" and not _inner_layers(read_onnx(model.path)):
+            return "no layers between the first and the last one"
+        return None
 
     def run(self, model: WorkModel, context: PassContext) -> WorkModel:
         """Write ``quantize-static.onnx``.
@@ -202,6 +206,12 @@ def edge_layers(proto: ModelProto) -> tuple[str, ...]:
     weights = {item.name for item in proto.graph.initializer}
     layers = [node.name for node in proto.graph.node if node.op_type in COMPUTING and set(node.input[1:2]) & weights]
     return tuple(dict.fromkeys((layers[0], layers[-1]))) if layers else ()
+
+
+def _inner_layers(proto: ModelProto) -> int:
+    """How many computing layers are neither the first nor the last one with weights."""
+    edges = edge_layers(proto)
+    return sum(node.op_type in COMPUTING and node.name not in edges for node in proto.graph.node)
 
 
 def remove_output_pairs(proto: ModelProto) -> int:
