@@ -1,7 +1,11 @@
 """Sessions over LiteRT (``ai-edge-litert``), or its predecessor ``tflite-runtime`` where only that is installed.
 
 Names come from the model's signature where it has one, so that a converted model keeps the names of its source. A LiteRT model
-has a fixed batch, usually one: :meth:`LiteRTSession.run` feeds the samples one after the other.
+has a fixed batch: where it is one for every input and output, the declared shapes say ``batch`` and
+:meth:`LiteRTSession.run` feeds the samples one after the other; otherwise the shapes are the file's. Integer inputs and
+outputs are declared as they are: quantizing them is the caller's part.
+
+    >>> session = LiteRTSession(Path("model.tflite"), SessionOptions())  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekit.errors import ArtifactError, EnvironmentFault
+from edgekit.errors import ArtifactError, DataError, EnvironmentFault
 from edgekit.runtime.feeds import check_feeds
 from edgekit.runtime.session import Array, SessionOptions
 from edgekit.schema.tensor import TensorSpec
@@ -37,6 +41,11 @@ def _spec(name: str, details: dict[str, Any], *, is_batched: bool) -> TensorSpec
     if is_batched:
         shape = ("batch", *shape[1:])
     return TensorSpec(name=name, dtype=np.dtype(details["dtype"]).name, shape=shape)
+
+
+def _is_single(details: list[dict[str, Any]]) -> bool:
+    """Whether axis 0 of every tensor is a batch of one."""
+    return all(len(item["shape"]) > 0 and int(item["shape"][0]) == 1 for item in details)
 
 
 class LiteRTSession:
@@ -62,8 +71,8 @@ class LiteRTSession:
         self._interpreter = interpreter
         inputs, outputs = self._name_tensors()
         details = {item["index"]: item for item in [*interpreter.get_input_details(), *interpreter.get_output_details()]}
-        self._batch = self._find_batch([details[index] for index in inputs.values()])
-        is_batched = self._batch == 1
+        self._is_batched = all(_is_single([details[index] for index in indices.values()]) for indices in (inputs, outputs))
+        is_batched = self._is_batched
         self._input_index, self._output_index = inputs, outputs
         self._inputs = tuple(_spec(name, details[index], is_batched=is_batched) for name, index in inputs.items())
         self._outputs = tuple(_spec(name, details[index], is_batched=is_batched) for name, index in outputs.items())
@@ -85,12 +94,6 @@ class LiteRTSession:
         )
         same = set(named[0].values()) == set(plain[0].values()) and set(named[1].values()) == set(plain[1].values())
         return named if same else plain
-
-    @staticmethod
-    def _find_batch(details: list[dict[str, Any]]) -> int:
-        """The fixed batch that all inputs share; 0 where they have none in common."""
-        lengths = {int(item["shape"][0]) if len(item["shape"]) else 0 for item in details}
-        return lengths.pop() if len(lengths) == 1 else 0
 
     @property
     def runtime(self) -> str:
@@ -115,10 +118,14 @@ class LiteRTSession:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run each sample in turn; see :meth:`edgekit.runtime.session.Session.run`."""
         check_feeds(feeds, self._inputs, name=self._name)
-        if self._batch != 1:
+        if not self._is_batched:
             return self._run_once(feeds)
         lengths = {len(value) for value in feeds.values()}
-        parts = [self._run_once({name: value[i : i + 1] for name, value in feeds.items()}) for i in range(max(lengths))]
+        if len(lengths) != 1 or 0 in lengths:
+            found = ", ".join(f"{name} has {len(value)}" for name, value in feeds.items())
+            message = f"{self._name}: every input needs the same number of samples, at least one: {found}."
+            raise DataError("data.shape", message, hint="Axis 0 is the sample.")
+        parts = [self._run_once({name: value[i : i + 1] for name, value in feeds.items()}) for i in range(lengths.pop())]
         return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self._outputs}
 
     def _run_once(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

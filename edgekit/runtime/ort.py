@@ -1,7 +1,10 @@
 """Sessions over ONNX Runtime's CPU provider.
 
-ONNX Runtime 1.32 writes a device identifier and an event store under the user's cache folder, and would send events. edgekit
-switches that off before the library is loaded, here and nowhere else: import ONNX Runtime through :func:`load_onnxruntime`.
+ONNX Runtime 1.32 writes a device identifier and an event store under the user's cache folder as soon as it is imported, and
+sends events from there. Only ``ORT_DISABLE_TELEMETRY=1`` in the environment before the import prevents the files;
+``disable_telemetry_events()`` comes too late for that. So ONNX Runtime is imported through :func:`load_onnxruntime` only.
+
+    >>> session = OrtSession(Path("model.onnx"), SessionOptions(threads=2))  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
 }
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
 
 
 def load_onnxruntime() -> Any:
@@ -73,7 +76,7 @@ class OrtSession:
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
         settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        settings.log_severity_level = _ERRORS_ONLY
+        settings.log_severity_level = _FATAL_ONLY  # errors come back as exceptions; printing them too is noise
         levels = ort.GraphOptimizationLevel
         settings.graph_optimization_level = levels.ORT_ENABLE_ALL if options.is_optimized else levels.ORT_DISABLE_ALL
         try:
