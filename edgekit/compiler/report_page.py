@@ -1,19 +1,135 @@
-"""The page of a report: verdict first, then figures and candidates."""
+"""The page of a report: one self-contained HTML text, the answer first.
+
+No script, no request: the style sheet is inside and allowed by its hash, pictures are inline SVG. All text from outside goes
+through ``markup``, which escapes it.
+"""
 
 from __future__ import annotations
 
-from html import escape
+import base64
+import hashlib
+from importlib.resources import files
 
+from edgekit.compiler.markup import Child, Markup, element, join
+from edgekit.compiler.report_classes import class_table, classes
+from edgekit.compiler.report_details import data_sets, lineage, machine, notes, operators
+from edgekit.compiler.report_figures import icon, is_on_target, latency, look, trade_off
+from edgekit.compiler.report_table import budget_table, candidate_table
+from edgekit.compiler.report_words import (
+    change_words,
+    headline,
+    metric_title,
+    milliseconds,
+    quality,
+    size,
+    smaller,
+    speed,
+    speed_interval,
+)
 from edgekit.compiler.result import OptimizeResult
 
 
 def render_page(result: OptimizeResult) -> str:
-    """The whole page as one self-contained HTML text."""
-    rows = "".join(
-        f"<tr><td>{escape(item.name)}<td>{escape(item.verdict.status)}<td>{escape(item.verdict.reason)}</tr>"
-        for item in result.candidates
+    """The whole page."""
+    style = files("edgekit.compiler").joinpath("report.css").read_text("utf-8")
+    title = f"{result.chosen.name} for {result.target.name} \u00b7 edgekit optimize"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy(style)),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Markup(style)),
     )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>edgekit optimize</title>'
-        f"<h1>{escape(result.verdict)}</h1><table>{rows}</table></html>\n"
+    body = element("body", element("main", *_sections(result)), _footer(result))
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def policy(style: str) -> str:
+    """Allows this style sheet and nothing else."""
+    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    return f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def _sections(result: OptimizeResult) -> list[Markup]:
+    by_latency, by_size = trade_off(result, "latency_ms"), trade_off(result, "size_mb")
+    sections = [
+        _opening(result),
+        section("Accuracy against latency" if _is_accuracy(result) else "Quality against latency", by_latency),
+        section("Accuracy against size" if _is_accuracy(result) else "Quality against size", by_size),
+        section("Latency", latency(result)),
+        section("Candidates", candidate_table(result)),
+        section("By class", classes(result), class_table(result)),
+        section("Where the time goes", operators(result)),
+        section(f"How {result.chosen.name} was made", lineage(result)),
+        section("Data", data_sets(result)),
+        section("Machine", machine(result)),
+        section("What to know about these figures", notes(result)),
+    ]
+    return [part for part in sections if part is not None]
+
+
+def section(title: str, *parts: Child) -> Markup | None:
+    """A section with its heading; None where there is nothing to show."""
+    shown = [part for part in parts if part]
+    return element("section", element("h2", title), *shown) if shown else None
+
+
+def _is_accuracy(result: OptimizeResult) -> bool:
+    return result.request.metric in {"top1", "balanced_accuracy"}
+
+
+def _opening(result: OptimizeResult) -> Markup:
+    """The answer, the key figures, the budget."""
+    is_met = result.is_budget_met
+    badge = element(
+        "p", "\u2713 Budget met" if is_met else "\u2717 Budget not met", class_=f"badge {'met' if is_met else 'unmet'}"
+    )
+    place = None
+    if result.chosen.latency is not None and not is_on_target(result):
+        place = element(
+            "p",
+            f"\u26a0 The latencies are this host's, not those of {result.target.name}: time it there before you rely on them.",
+            class_="callout",
+        )
+    context = f"{result.request.model} for {result.target.title or result.target.name}"
+    return element(
+        "header", element("p", context, class_="context"), element("h1", headline(result)), badge,
+        element("p", result.verdict, class_="lede"), place, _key_figures(result), budget_table(result),
+    )  # fmt: skip
+
+
+def _key_figures(result: OptimizeResult) -> Markup:
+    chosen, baseline = result.chosen, result.baseline
+    cards = []
+    if chosen.evaluation is not None:
+        report = chosen.evaluation
+        before = f"{baseline.name}: {quality(report.metric, report.baseline)}"
+        cards.append(_card(metric_title(report.metric), quality(report.metric, report.value), change_words(report), before))
+    if chosen.latency is not None:
+        before = f"{baseline.name}: {milliseconds(baseline.latency.p50_ms)}" if baseline.latency else ""
+        words = ", ".join(part for part in (speed(chosen.latency), speed_interval(chosen.latency)) if part)
+        cards.append(_card("latency, median", milliseconds(chosen.latency.p50_ms), words, before))
+    if chosen.artifact is not None:
+        before = f"{baseline.name}: {size(baseline.artifact.size_bytes)}" if baseline.artifact else ""
+        words = "the baseline" if chosen.name == baseline.name else smaller(chosen, baseline)
+        cards.append(_card("size of the file", size(chosen.artifact.size_bytes), words, before))
+    return element("div", *cards, class_="cards")
+
+
+def _card(title: str, value: str, words: str, before: str) -> Markup:
+    return element(
+        "div", element("p", title, class_="card-title"), element("p", value, class_="card-value"),
+        element("p", words), element("p", before, class_="quiet"), class_="card",
+    )  # fmt: skip
+
+
+def _footer(result: OptimizeResult) -> Markup:
+    request, chosen = result.request, result.chosen
+    shape, kind = look(chosen, result)
+    made = f"edgekit {chosen.edgekit_version}, {chosen.created_at:%Y-%m-%d %H:%M} UTC, {len(result.candidates)} candidates in {result.seconds:.1f} s"
+    how = f"effort {request.effort}, seed {request.seed}, {request.threads} thread{'s' if request.threads != 1 else ''}"
+    return element(
+        "footer", element("p", icon(shape, kind), join(f" {made}; {how}. The same facts for programs: report.json."))
     )
