@@ -36,6 +36,8 @@ def serve(
     database: str = typer.Option("edgekit-fleet.db", "--db", help="SQLite file, or a SQLAlchemy URL."),
     broker: str = typer.Option("embedded", "--broker", help="embedded, or mqtts://[user:password@]host[:port]."),
     broker_port: int = typer.Option(1883, "--broker-port", min=1, max=65535, help="Port of the embedded broker (loopback)."),
+    client_id: str = typer.Option("edgekit-fleet", "--client-id", help="This server's name at the broker."),
+    group: str = typer.Option("", "--group", help="Share the ingest with the other servers of this group."),
     ca_file: str = typer.Option("", "--ca", help="Certificates to trust for mqtts.  [default: the system's]"),
     allow_remote: bool = typer.Option(False, "--allow-remote", help=f"Listen off loopback; needs a token in {TOKEN_VARIABLE}."),
     allow_insecure: bool = typer.Option(False, "--allow-insecure", help="Accept a broker without TLS off loopback."),
@@ -57,7 +59,15 @@ def serve(
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
     config = FleetConfig(
-        host=host, port=port, database=database, broker=broker, broker_port=broker_port, token=token, ca_file=ca_file
+        host=host,
+        port=port,
+        database=database,
+        broker=broker,
+        broker_port=broker_port,
+        token=token,
+        ca_file=ca_file,
+        client_id=client_id,
+        group=group,
     )
     server = FleetServer(config, is_plain_allowed=allow_insecure)
 

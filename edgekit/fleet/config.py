@@ -38,6 +38,8 @@ class FleetConfig:
     broker_port: int = 1883
     token: str = ""
     client_id: str = "edgekit-fleet"
+    group: str = ""
+    """Share the ingest with the other servers of this group; each needs its own ``client_id``."""
     ca_file: str = ""
 
 

@@ -2,7 +2,8 @@
 
 paho's network thread decodes and queues; one writer thread takes what has come together, writes it in one transaction and then
 acknowledges each message. The session is persistent: while this server is away the broker keeps what arrives. Order does not
-matter and what comes twice is one row, so the subscriptions can be shared by several servers.
+matter and what comes twice is one row, so several servers can share the subscriptions as a group. A single server must not: the
+broker would go on giving a share to the session of a group's member that is gone.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ from edgekit.telemetry.topics import UPLINK, Verb, parse_topic, subscription
 
 logger = logging.getLogger(__name__)
 
-GROUP = "edgekit-ingest"
 SHARED: tuple[Verb, ...] = ("w", "ev", "hb")
-"""Shared among servers; ``status`` and ``rep`` are retained, and retained messages do not reach shared subscriptions."""
+"""Shared within a group; ``status`` and ``rep`` are retained, and retained messages do not reach shared subscriptions."""
 MAX_BATCH = 500
 BATCH_SECONDS = 0.05
 RETRY_SECONDS = 2.0
@@ -76,9 +76,10 @@ def read_message(topic: str, payload: bytes, received_ms: int) -> Received:
 class Ingest:
     """One connection to the broker and one writer thread."""
 
-    def __init__(self, store: Store, broker: BrokerAddress, *, client_id: str) -> None:
+    def __init__(self, store: Store, broker: BrokerAddress, *, client_id: str, group: str = "") -> None:
         self._store = store
         self._broker = broker
+        self._group = group
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._client = self._make_client(client_id)
         self._writer = threading.Thread(target=self._write, name="ingest-writer", daemon=True)
@@ -142,7 +143,9 @@ class Ingest:
             logger.warning("event=broker_refused reason=%r", str(reason))
             return
         logger.info("event=broker_connected broker=%s", self._broker)
-        filters = [(subscription(verb, group=GROUP if verb in SHARED else ""), 0 if verb == "hb" else 1) for verb in UPLINK]
+        filters = [
+            (subscription(verb, group=self._group if verb in SHARED else ""), 0 if verb == "hb" else 1) for verb in UPLINK
+        ]
         client.subscribe(filters)
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:

@@ -60,7 +60,7 @@ def make_app(store: Store, ingest: Ingest | None, *, token: str = "") -> FastAPI
         return (
             ingest.status()
             if ingest
-            else api.IngestStatus(
+            else IngestStatus(
                 is_broker_connected=False, broker="", received=0, stored=store.stored, duplicates=store.duplicates, malformed=0
             )
         )
@@ -101,7 +101,7 @@ class FleetServer:
         else:
             self.address = parse_broker(config.broker, ca_file=config.ca_file, is_plain_allowed=is_plain_allowed)
         self.store = Store(config.database)
-        self.ingest = Ingest(self.store, self.address, client_id=config.client_id)
+        self.ingest = Ingest(self.store, self.address, client_id=config.client_id, group=config.group)
 
     @property
     def url(self) -> str:

@@ -1,0 +1,200 @@
+"""The store: each message once, the newest state wins, losses are known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from fleet_world import T0, birth, death, event, heartbeat, reported, window, windows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgekit.errors import EnvironmentFault
+from edgekit.fleet import tables
+from edgekit.fleet.gaps import SeqRanges
+from edgekit.fleet.store import STALE_MS, Store
+from edgekit.fleet.writing import Received
+
+
+def received(message, *, device="pi-1", site="lab", at=T0):
+    return Received(site=site, device=device, message=message, received_ms=at)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(str(tmp_path / "fleet.db"))
+    yield store
+    store.close()
+
+
+def test_device_shows_its_newest_window_and_release(store):
+    store.apply([received(m) for m in (birth(), reported(), windows(window(3), window(4, T0 + 10_000, p50=2.5)))])
+    page = store.devices(now_ms=T0)
+    view = page.devices[0]
+    assert (page.total, view.state, view.model, view.version, view.model_digest) == (1, "online", "fashion", "1.0.0", "ab" * 6)
+    assert view.latency_p50_ms == pytest.approx(2.5)
+    assert view.throughput_per_s == pytest.approx(1.0)
+    assert view.sparkline[-1] == pytest.approx(2.5)
+
+
+def test_message_that_comes_twice_is_stored_once(store):
+    batch = [received(m) for m in (birth(), reported(), windows(window(3), window(4)), event(5))]
+    store.apply(batch)
+    stored = store.stored
+    store.apply(batch)
+    assert store.stored == stored == 5
+    assert store.duplicates == 5
+    assert len(store.events().events) == 1
+    assert len(store.series("lab", "pi-1", "requests", since_ms=0).points) == 2
+
+
+def test_duplicate_is_known_after_a_restart(store, tmp_path):
+    batch = [received(m) for m in (birth(), windows(window(3)), event(5))]
+    store.apply(batch)
+    again = Store(str(tmp_path / "fleet.db"))
+    again.apply(batch)
+    assert (again.stored, again.duplicates) == (0, 3)
+    assert again.device("lab", "pi-1", T0).gaps.received == 3
+
+
+def test_gap_is_counted_as_missing_until_it_arrives_late(store):
+    store.apply([received(m) for m in (birth(), windows(window(2), window(5)), heartbeat(6))])
+    assert store.device("lab", "pi-1", T0).gaps.missing == 3
+    store.apply([received(windows(window(3), window(4), is_late=True))])
+    gaps = store.device("lab", "pi-1", T0).gaps
+    assert (gaps.received, gaps.late, gaps.missing) == (5, 2, 1)
+
+
+def test_death_of_another_boot_is_ignored(store):
+    store.apply([received(birth(boot=8)), received(death(boot=7))])
+    assert store.devices(now_ms=T0).devices[0].state == "online"
+    store.apply([received(death(boot=8))])
+    assert store.devices(now_ms=T0).devices[0].state == "offline"
+    assert store.fleet(T0).attention[0].severity == "critical"
+
+
+def test_clean_goodbye_needs_no_attention(store):
+    store.apply([received(birth()), received(death(is_clean=True))])
+    assert store.fleet(T0).attention == ()
+    assert store.fleet(T0).offline == 1
+
+
+def test_silent_device_is_stale(store):
+    store.apply([received(birth())])
+    assert store.devices(now_ms=T0 + STALE_MS + 1).devices[0].state == "stale"
+    assert [view.device for view in store.devices(now_ms=T0 + STALE_MS + 1, state="stale").devices] == ["pi-1"]
+
+
+def test_older_report_does_not_replace_a_newer_one(store):
+    store.apply([received(birth()), received(reported(seq=9, time_ms=T0 + 5, version="2.0.0", counter=2))])
+    store.apply([received(reported(seq=3, time_ms=T0, version="1.0.0"))])
+    assert store.devices(now_ms=T0).devices[0].version == "2.0.0"
+
+
+def test_window_of_another_schema_is_kept_but_not_shown(store):
+    batch = windows(window(3))
+    import msgspec
+
+    store.apply([received(birth()), received(msgspec.structs.replace(batch, schema=1))])
+    assert store.device("lab", "pi-1", T0).gaps.received == 2
+    assert store.devices(now_ms=T0).devices[0].latency_p50_ms is None
+    assert store.series("lab", "pi-1", "requests", since_ms=0).points == ()
+
+
+def test_counts_become_rates_and_steps_average(store):
+    store.apply(
+        [received(birth()), received(windows(*(window(3 + i, T0 + i * 10_000, requests=10.0 * (i + 1)) for i in range(4))))]
+    )
+    series = store.series("lab", "pi-1", "requests", since_ms=0)
+    assert series.unit == "1/s"
+    assert [value for _time, value in series.points] == [1.0, 2.0, 3.0, 4.0]
+    stepped = store.series("lab", "pi-1", "requests", since_ms=0, step_ms=20_000)
+    assert [value for _time, value in stepped.points] == [1.5, 3.5]
+
+
+def test_refusals_are_counted_per_release(store):
+    for name in ("pi-1", "pi-2"):
+        store.apply(
+            [
+                received(m, device=name)
+                for m in (birth(), reported(), event(3, "install_refused", version="3.0.0", code="selftest.mismatch"))
+            ]
+        )
+    releases = {view.version: view for view in store.fleet(T0).releases}
+    assert (releases["1.0.0"].serving, releases["3.0.0"].refusing) == (2, 2)
+    assert any("refused a release" in item.title for item in store.fleet(T0).attention)
+
+
+def test_pages_hold_every_device_once(store):
+    names = [f"pi-{i:02d}" for i in range(23)]
+    store.apply([received(birth(), device=name) for name in random.Random(0).sample(names, len(names))])
+    seen, after = [], ""
+    while True:
+        page = store.devices(now_ms=T0, after=after, limit=5)
+        assert page.total == 23
+        seen += [view.device for view in page.devices]
+        after = page.next
+        if not after:
+            break
+    assert seen == names
+
+
+@pytest.mark.parametrize(("search", "count"), [("pi-2", 1), ("lab", 3), ("fashion", 1), ("%", 3), ("_", 0), ("nothing", 0)])
+def test_search_matches_names_and_releases(store, search, count):
+    store.apply([received(birth(), device=f"pi-{i}") for i in range(3)] + [received(reported(), device="pi-0")])
+    assert store.devices(now_ms=T0, search=search).total == count
+
+
+def test_batch_is_all_or_nothing(store, monkeypatch):
+    store.apply([received(birth())])
+
+    def cut(*_arguments):
+        raise RuntimeError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._writer), "_event", cut)
+        with pytest.raises(RuntimeError):
+            store.apply([received(windows(window(3))), received(event(4))])
+    assert store.device("lab", "pi-1", T0).gaps.received == 1
+    store.apply([received(windows(window(3))), received(event(4))])
+    assert store.device("lab", "pi-1", T0).gaps.received == 3
+    assert store.stored == 3
+
+
+def test_newer_schema_is_refused(tmp_path):
+    store = Store(str(tmp_path / "fleet.db"))
+    with store._engine.begin() as connection:
+        connection.execute(tables.meta.update().values(value="99"))
+    store.close()
+    with pytest.raises(EnvironmentFault) as caught:
+        Store(str(tmp_path / "fleet.db"))
+    assert caught.value.code == "store.newer"
+
+
+def test_unwritable_place_is_refused(tmp_path):
+    with pytest.raises(EnvironmentFault) as caught:
+        Store(str(tmp_path / "no" / "such" / "folder.db"))
+    assert caught.value.code == "store.unreachable"
+
+
+def test_changes_name_the_devices(store):
+    store.apply([received(birth(), device="pi-1")])
+    stamp, changed = store.changes_since(0)
+    assert changed == {("lab", "pi-1")}
+    store.apply([received(birth(), device="pi-2")])
+    assert store.changes_since(stamp)[1] == {("lab", "pi-2")}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60)))
+def test_ranges_are_a_set(numbers):
+    ranges, reference = SeqRanges(), set()
+    for number in numbers:
+        assert ranges.add(number) == (number not in reference)
+        reference.add(number)
+    assert ranges.count == len(reference)
+    assert ranges.highest == max(reference, default=0)
+    assert {n for start, end in ranges.ranges for n in range(start, end + 1)} == reference
+    assert ranges.missing(60) == 60 - len(reference)
+    assert all(a[1] + 1 < b[0] for a, b in zip(ranges.ranges, ranges.ranges[1:], strict=False))
+    assert SeqRanges(ranges.ranges).ranges == ranges.ranges
