@@ -163,7 +163,8 @@ class Updater:
         self.failures += 1
         self._note_error(error.code, error.message)
         if self.failures == 1:
-            self.journal.event("repository_unreachable", error=error)
+            is_ours = isinstance(error, DeviceError)
+            self.journal.event("install_failed" if is_ours else "repository_unreachable", error=error)
             self.report()
 
     def _note_error(self, code: str, message: str) -> None:

@@ -64,7 +64,8 @@ def test_disk_without_a_free_byte_stops_neither_serving_nor_the_agent(world, mak
             except OSError:
                 continue
     world.publish("2.0", seed=2)
-    agent.wait_status(lambda body: "are free" in body["last_error"], what="the error")
+    agent.wait_status(lambda body: "full" in body["last_error"] or "are free" in body["last_error"], what="the error")
+    assert agent.logged("code=device.disk_full")
     assert agent.infer([0, 0, 0, 0])[0] == 200
     assert agent.served() == "1.0"
     (seen / "filler").unlink()
