@@ -20,8 +20,8 @@ app = typer.Typer(
 
 def _int8_in_words(profile: Any) -> str:
     rules = profile.int8
-    activations, weights = rules.activations[0], rules.weights[0]
-    parts = [f"{activations}8{weights}8", "per channel" if rules.per_channel else "per tensor"]
+    short = {"int8": "s8", "uint8": "u8"}
+    parts = [short[rules.activations] + short[rules.weights], "per channel" if rules.per_channel else "per tensor"]
     if rules.reduce_range:
         parts.append("7-bit weights")
     return ", ".join(parts)

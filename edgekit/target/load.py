@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Iterable
@@ -20,9 +21,11 @@ from edgekit.errors import UsageError
 from edgekit.schema.base import encode_json
 from edgekit.schema.digest import digest_bytes
 from edgekit.schema.target import TargetProfile
-from edgekit.target.probe import probe_target
+from edgekit.target.probe import ISA_FLAGS, probe_target
 
 HOST_NAMES = ("host", "this-machine")
+_CLOSE = 0.6
+_SHORTEST_PART = 3
 
 
 def profiles_dir() -> Path:
@@ -32,9 +35,18 @@ def profiles_dir() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "targets"
 
 
+def _plain(word: str) -> str:
+    return word.lower().translate(str.maketrans("", "", "-_ "))
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else ""
+    """``did you mean "…"?``, or nothing; ``pi4`` finds ``raspberry-pi-4``."""
+    names = {_plain(name): name for name in known}
+    wanted = _plain(word)
+    found = difflib.get_close_matches(wanted, names, n=1, cutoff=_CLOSE) or [
+        name for name in names if len(wanted) >= _SHORTEST_PART and wanted in name
+    ]
+    return f'did you mean "{names[found[0]]}"?' if found else ""
 
 
 def _struct_of(hint: Any) -> type[msgspec.Struct] | None:
@@ -51,8 +63,9 @@ def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], source: str, 
     hints = get_type_hints(kind)
     for key, value in table.items():
         if key not in kind.__struct_fields__:
-            hint = _nearest(key, kind.__struct_fields__) or f"Known keys: {', '.join(kind.__struct_fields__)}."
-            raise UsageError("target.unknown_key", f"{source}: unknown key {prefix + key!r}.", hint=hint)
+            nearest = _nearest(key, kind.__struct_fields__)
+            message = f'{source}: unknown key "{prefix}{key}"' + (f"; {nearest}" if nearest else ".")
+            raise UsageError("target.unknown_key", message, hint=f"Known keys: {', '.join(kind.__struct_fields__)}.")
         inner = _struct_of(hints[key])
         if inner and isinstance(value, dict):
             _check_keys(value, inner, source, f"{prefix}{key}.")
@@ -86,11 +99,21 @@ def parse_target(text: str, *, source: str) -> TargetProfile:
 
 def _check_sense(profile: TargetProfile, source: str) -> None:
     """Facts that a type cannot say."""
-    known = ("name", *TargetProfile.__struct_fields__)
+    known = TargetProfile.__struct_fields__
+    strange = next((flag for flag in profile.isa if flag not in ISA_FLAGS[profile.arch]), None)
+    if strange is not None:
+        flags = ISA_FLAGS[profile.arch]
+        nearest = _nearest(strange, flags)
+        message = f'{source}: isa has unknown flag "{strange}" for {profile.arch}' + (f"; {nearest}" if nearest else ".")
+        raise UsageError("target.invalid", message, hint=f"The flags that choose kernels there: {', '.join(flags)}.")
     faults = [
         (profile.cores < 1, "cores must be at least 1"),
         (not 1 <= profile.threads <= profile.cores, f"threads must be 1 to {profile.cores}, the number of cores"),
-        (profile.ram_mb <= 0, "ram_mb must be positive"),
+        *(
+            (value is not None and not 0 < value < math.inf, f"{name} must be a positive number")
+            for name, value in (("ram_mb", profile.ram_mb), ("flash_mb", profile.flash_mb), ("clock_mhz", profile.clock_mhz))
+        ),
+        ((profile.arch == "armv7e-m") != (profile.runtime == "tflm"), "arch armv7e-m and runtime tflm need each other"),
         (profile.channel_multiple < 1, "channel_multiple must be at least 1"),
         (
             profile.runtime == "onnxruntime" and profile.int8.format == "litert",
@@ -117,15 +140,25 @@ def load_target(name_or_path: str) -> TargetProfile:
         return probe_target()
     path = Path(name_or_path)
     if path.suffix == ".toml":
-        if not path.is_file():
-            raise UsageError("target.not_found", f"{path}: there is no such file.", hint="Check the path.")
-        return parse_target(path.read_text(encoding="utf-8"), source=str(path))
+        return _load_file(path)
     names = _names()
     if name_or_path not in names:
         nearest = _nearest(name_or_path, [*names, *HOST_NAMES])
-        hint = f"{nearest} See them with: edgekit target list".strip()
+        hint = f"{nearest} See them all with: edgekit target list".strip()
         raise UsageError("target.unknown", f"{name_or_path}: no such target.", hint=hint)
     return _load_named(name_or_path)
+
+
+def _load_file(path: Path) -> TargetProfile:
+    if not path.is_file():
+        raise UsageError("target.not_found", f"{path}: there is no such file.", hint="Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "target.malformed", f"{path}: cannot be read as UTF-8 text: {error}.", hint="Check the file."
+        ) from error
+    return parse_target(text, source=str(path))
 
 
 def _names() -> tuple[str, ...]:

@@ -3,9 +3,16 @@
 Every function takes the root folder, so that recorded machines can be read as well as this one.
 
 A host *is* a target when a latency measured here may be called measured on the target: the architectures are equal, the flags
-that choose kernels are exactly equal (more is not the same: VNNI changes the int8 kernels), and a board profile's
-``device_model`` is what the firmware says. AVX-VNNI beside AVX512-VNNI makes no difference: the wider
-kernels are taken. Generic x86-64 profiles have no ``device_model``: there the instruction set decides.
+that choose kernels are exactly equal (more is not the same: VNNI changes the int8 kernels), and the processor is the profile's:
+
+- a profile with a ``device_model`` (a board) wants that text in what the firmware says;
+- one whose ``cpu`` starts with ``generic`` (a class of x86-64 machines) wants no more than the instruction set;
+- any other, a probed one too, wants the same processor by name.
+
+AVX-VNNI beside AVX512-VNNI makes no difference: the wider kernels are taken.
+
+    >>> is_host(probe_target())
+    True
 """
 
 from __future__ import annotations
@@ -38,7 +45,14 @@ ARM_PARTS = {
     "0xd49": "Neoverse-N2",
     "0xd4f": "Neoverse-V2",
 }
+ISA_FLAGS: dict[Arch, tuple[str, ...]] = {
+    "x86-64": X86_FLAGS,
+    "aarch64": tuple(dict.fromkeys(ARM_FLAGS.values())),
+    "armv7e-m": ("dsp", "fpv4", "fpv5"),
+}
+"""The flags that choose kernels, by architecture."""
 _ARCHES: dict[str, Arch] = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+GENERIC = "generic "
 _AVX512_CHANNELS = 16
 _CHANNELS = 8
 _UNLIMITED_BYTES = 1 << 60
@@ -65,8 +79,11 @@ def _arch(fields: dict[str, list[str]]) -> Arch:
     if "flags" in fields:
         return "x86-64"
     if "CPU implementer" in fields:
-        return "aarch64"
-    machine = os.uname().machine.lower()
+        if any("asimd" in features.split() for features in fields.get("Features", [])):
+            return "aarch64"
+        machine = "32-bit ARM"
+    else:
+        machine = os.uname().machine.lower()
     if machine not in _ARCHES:
         raise EnvironmentFault(
             "target.unknown_machine", f"{machine}: edgekit does not know this architecture.", hint="Write a profile by hand."
@@ -78,7 +95,8 @@ def _isa(fields: dict[str, list[str]], arch: Arch) -> tuple[str, ...]:
     if arch == "x86-64":
         have = set(fields.get("flags", [""])[0].split())
         return tuple(flag for flag in X86_FLAGS if flag in have)
-    have = set(fields.get("Features", ["asimd"])[0].split())
+    every_core = [set(features.split()) for features in fields.get("Features", ["asimd"])]
+    have = set.intersection(*every_core)  # threads move between big and little cores
     return tuple(dict.fromkeys(name for flag, name in ARM_FLAGS.items() if flag in have))
 
 
@@ -100,24 +118,49 @@ def device_model(root: Path = ROOT) -> str:
     return _read(root / "proc/device-tree/model").rstrip("\0\n ")
 
 
+def _cgroups(root: Path) -> list[Path]:
+    """The folders of our control groups, each from its own up to the top; version 2 and version 1."""
+    folders: dict[Path, None] = {}
+    for line in _read(root / "proc/self/cgroup").splitlines() or ["0::/"]:
+        _number, controllers, name = (*line.split(":", 2), "", "")[:3]
+        bases = [root / "sys/fs/cgroup" / part for part in (controllers.split(",") if controllers else ("", "unified"))]
+        parts = [part for part in name.split("/") if part not in {"", ".."}]
+        for base in bases:
+            folders |= dict.fromkeys(base.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
+    return list(folders)
+
+
+def _cpu_quota(root: Path) -> int | None:
+    """Whole processors that our control groups allow; None where nothing is said."""
+    quotas = []
+    for folder in _cgroups(root):
+        limit, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        if not period:
+            limit, period = (_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+        if limit.isdigit() and period.isdigit() and int(period):
+            quotas.append(max(1, int(limit) // int(period)))
+    return min(quotas, default=None)
+
+
 def ram_mb(root: Path = ROOT) -> float:
     """Memory that this machine, or the container it is, may use: megabytes."""
     total = _UNLIMITED_BYTES
     for line in _read(root / "proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
             total = int(line.split()[1]) * 1024
-    for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _read(root / name).strip()
-        if text.isdigit():
-            total = min(total, int(text))
+    for folder in _cgroups(root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(folder / name).strip()
+            if text.isdigit():
+                total = min(total, int(text))
     return round(total / 1e6, 1) if total < _UNLIMITED_BYTES else 0.0
 
 
 def _cores(fields: dict[str, list[str]], root: Path) -> int:
-    """Processors that we may use: the affinity mask on this machine, the list of processors on a recorded one."""
-    if root == ROOT:
-        return len(os.sched_getaffinity(0))
-    return max(1, len(fields.get("processor", ["0"])))
+    """Processors that we may use: the affinity mask (on a recorded machine its list of processors), less a group's quota."""
+    count = len(os.sched_getaffinity(0)) if root == ROOT else max(1, len(fields.get("processor", ["0"])))
+    quota = _cpu_quota(root)
+    return count if quota is None else min(count, quota)
 
 
 def _clock_mhz(root: Path) -> float | None:
@@ -152,6 +195,7 @@ def probe_target(name: str = "this-machine", *, root: Path = ROOT) -> TargetProf
     isa = _isa(fields, arch)
     cores = _cores(fields, root)
     model = device_model(root)
+    clock_mhz = _clock_mhz(root)
     return TargetProfile(
         name=name,
         title=model or f"This machine ({_cpu_name(fields, arch)})",
@@ -163,13 +207,17 @@ def probe_target(name: str = "this-machine", *, root: Path = ROOT) -> TargetProf
         runtime="onnxruntime",
         int8=int8_rules(arch, isa),
         channel_multiple=_AVX512_CHANNELS if "avx512f" in isa else _CHANNELS,
-        clock_mhz=_clock_mhz(root),
+        clock_mhz=clock_mhz,
         device_model=model,
         notes="Probed on the machine itself.",
         sources={
             "cpu": "/proc/cpuinfo",
             "isa": "/proc/cpuinfo",
-            "ram_mb": "/proc/meminfo and the cgroup's limit",
+            "cores": "the affinity mask and the control group's quota",
+            "ram_mb": "/proc/meminfo and the control group's limit",
+            **({"clock_mhz": "cpufreq/cpuinfo_max_freq"} if clock_mhz else {}),
+            **({"device_model": "/proc/device-tree/model"} if model else {}),
+            "runtime": "the default of edgekit",
             "int8": "derived from the instruction set",
             "channel_multiple": "the fp32 kernels' block: 16 with AVX-512, else 8",
         },
@@ -190,4 +238,4 @@ def is_host(profile: TargetProfile, *, root: Path = ROOT) -> bool:
         return False
     if profile.device_model:
         return profile.device_model in device_model(root)
-    return arch == "x86-64" or profile.cpu == _cpu_name(fields, arch)
+    return profile.cpu.startswith(GENERIC) or profile.cpu == _cpu_name(fields, arch)
