@@ -19,7 +19,11 @@ Shape = Literal["star", "circle", "square", "triangle", "cross"]
 Interval = tuple[float, float] | None
 CHARACTER_PX = 6.4
 """Width of a character of a 12 px label, on the wide side for system fonts."""
+BOLD_PX = 7.4
+"""The same for the chosen one, which is bold."""
 LABEL_PX = 13.0
+NARROW_PX = 500
+"""Below this width only the chosen one, the baseline and the front are labelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +224,12 @@ def _error_bars(point: Point, x: Scale, y: Scale) -> Markup:
     if point.x_interval is not None:
         at = y(point.y)
         parts.append(element("line", x1=x(point.x_interval[0]), x2=x(point.x_interval[1]), y1=at, y2=at))
-    muted = "" if point.is_on_front else " muted"
+    muted = "" if point.is_on_front or point.rank == 0 else " muted"
     return element("g", *parts, class_=f"error {point.kind}{muted}") if parts else Markup("")
 
 
 def _symbol(point: Point, x: Scale, y: Scale) -> Markup:
-    muted = "" if point.is_on_front else " muted"
+    muted = "" if point.is_on_front or point.rank == 0 else " muted"
     return element(
         "g", element("title", point.title), shape(point.shape, x(point.x), y(point.y)), class_=f"mark {point.kind}{muted}"
     )
@@ -259,13 +263,17 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
     """Names beside the symbols, important ones first; those without room are left to the table and the tooltip."""
     taken: list[Box] = [_around(x(point.x), y(point.y)) for point in points]
     parts = []
-    for point in sorted(points, key=lambda item: item.rank):
+    most = 2 if x.end < NARROW_PX else 9
+    for point in sorted((item for item in points if item.rank <= most), key=lambda item: item.rank):
         name = shorten(point.name, 26)
-        for box, anchor in _places(x(point.x), y(point.y), len(name) * CHARACTER_PX):
+        for box, anchor in _places(x(point.x), y(point.y), len(name) * (CHARACTER_PX if point.rank else BOLD_PX)):
             is_inside = box[0] >= x.start and box[2] <= x.end and box[1] >= y.end and box[3] <= y.start
             if is_inside and not any(_overlaps(box, other) for other in taken):
                 taken.append(box)
                 at = box[0] if anchor == "start" else box[2]
+                if abs(box[1] + LABEL_PX / 2 - y(point.y)) > 1.5 * LABEL_PX:
+                    ends = {"x1": x(point.x), "y1": y(point.y), "x2": at, "y2": (box[1] + box[3]) / 2}
+                    parts.append(element("line", class_="leader", **ends))
                 parts.append(element("text", name, x=at, y=box[3] - 3, class_=f"name {point.kind}", text_anchor=anchor))
                 break
     return parts
@@ -278,7 +286,7 @@ def _around(x: float, y: float) -> Box:
 def _places(x: float, y: float, width: float) -> list[tuple[Box, str]]:
     """Where a label may go: right and left of the symbol, then a line or two above and below."""
     places: list[tuple[Box, str]] = []
-    for shift in (0.0, -LABEL_PX, LABEL_PX, -2 * LABEL_PX, 2 * LABEL_PX):
+    for shift in (0.0, -LABEL_PX, LABEL_PX, -2 * LABEL_PX, 2 * LABEL_PX, 3 * LABEL_PX, 4 * LABEL_PX):
         top = y + shift - LABEL_PX / 2
         places.append(((x + 10, top, x + 10 + width, top + LABEL_PX), "start"))
         places.append(((x - 10 - width, top, x - 10, top + LABEL_PX), "end"))

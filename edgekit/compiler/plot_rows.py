@@ -60,7 +60,7 @@ class _Frame:
 
     @property
     def left(self) -> float:
-        return 14.0 if self.is_narrow else self.name_px + 14
+        return 10.0 if self.is_narrow else self.name_px + 24
 
     @property
     def right(self) -> float:
@@ -74,12 +74,16 @@ class _Frame:
         """The vertical middle of a row's bar."""
         return 22.0 + index * self.row_px + (30.0 if self.is_narrow else 14.0)
 
+    def sign(self, index: int) -> tuple[float, float]:
+        """Where a row's symbol stands: before its name on a phone, else before its bar."""
+        return (13.0, self.middle(index) - 18) if self.is_narrow else (self.name_px + 12, self.middle(index))
+
     def texts(self, index: int, name: str, note: str, kind: str) -> list[Markup]:
         """Name and note of a row."""
         at = self.middle(index) + (-14 if self.is_narrow else 4)
         room = int((self.width - 40 if self.is_narrow else self.name_px - 8) / CHARACTER_PX)
         shown = shorten(name, max(room - (len(note) if self.is_narrow else 0), 8))
-        start = 14 if self.is_narrow else self.name_px
+        start = 26 if self.is_narrow else self.name_px
         return [
             element("text", shown, x=start, y=at, class_=f"name {kind}", text_anchor="start" if self.is_narrow else "end"),
             element("text", note, x=self.width - 8, y=at, class_=f"note {kind}", text_anchor="end"),
@@ -115,7 +119,7 @@ def bars(
     parts = _axis(frame, scale, title, format_tick)
     for index, row in enumerate(rows):
         parts += frame.texts(index, row.name, row.note, row.kind)
-        parts.append(_bar(row, scale, frame.middle(index)))
+        parts.append(_bar(row, scale, frame.middle(index), frame.sign(index)))
     for limit in limits:
         if limit.value <= scale.high:
             at = scale(limit.value)
@@ -125,17 +129,18 @@ def bars(
     return draw(width, frame.bottom + 44, label, parts)
 
 
-def _bar(row: Bar, scale: Scale, y: float) -> Markup:
-    def rect(end: float, half: float, class_: str) -> Markup:
-        return element("rect", x=scale(0.0), y=y - half, width=scale(end) - scale(0.0), height=2 * half, rx=2, class_=class_)
+def _bar(row: Bar, scale: Scale, y: float, sign: tuple[float, float]) -> Markup:
+    def rect(start: float, end: float, half: float, class_: str) -> Markup:
+        return element("rect", x=scale(start), y=y - half, width=scale(end) - scale(start), height=2 * half, class_=class_)
 
     is_cut = row.p99 > scale.high
     last = scale(min(row.p99, scale.high))
     end = f"M{last - 6:.1f} {y - 4:.1f}l5 4l-5 4" if is_cut else f"M{last:.1f} {y - 5:.1f}v10"
-    whisker = element("path", d=f"M{scale(0.0):.1f} {y:.1f}H{last:.1f}{end}", class_="whisker")
-    solid = rect(row.p50, 7, "p50")
+    whisker = element("path", d=f"M{scale(row.p50):.1f} {y:.1f}H{last:.1f}{end}", class_="whisker")
+    tail = rect(row.p50, max(row.p90, row.p50), 4, "p90")
+    solid = rect(0.0, row.p50, 7, "p50")
     return element(
-        "g", element("title", row.title), whisker, rect(row.p90, 4, "p90"), solid, shape(row.shape, scale(0.0), y),
+        "g", element("title", row.title), whisker, tail, solid, shape(row.shape, *sign),
         class_=f"bar {row.kind}",
     )  # fmt: skip
 

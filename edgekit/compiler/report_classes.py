@@ -26,10 +26,12 @@ def classes(result: OptimizeResult) -> Markup | None:
     for name, before, after in kept:
         kind = "same" if abs(after - before) < 5e-5 else "worse" if after < before else "better"
         shown = difference("top1", after - before, is_bare=True)
-        title = f"class {name}: {before * 100:.2f} % to {after * 100:.2f} %"
-        pairs.append(Pair(name=name, before=before * 100, after=after * 100, kind=kind, note=shown, title=title))
-    rest = f" The {len(drawn)} classes that changed most, of {len(rows)}." if len(rows) > len(drawn) else ""
-    caption = f"{worst_classes(rows)} Worst change first; at the right the change in points.{rest}"
+        hint = f"{name}: {before * 100:.2f} % to {after * 100:.2f} %"
+        pairs.append(Pair(name=name, before=before * 100, after=after * 100, kind=kind, note=shown, title=hint))
+    samples = result.chosen.evaluation.samples / len(rows) if result.chosen.evaluation else 0
+    weight = f" On average {samples:,.0f} samples a class: one answer is {100 / samples:.2f} points." if samples else ""
+    rest = f" Drawn are the {len(drawn)} classes that changed most, of {len(rows)}." if len(rows) > len(drawn) else ""
+    caption = f"{worst_classes(rows)}{weight} Worst change first; at the right the change in points.{rest}"
     legend = element(
         "ul",
         element("li", _key(element("circle", cx=10, cy=10, r=5, class_="before"), "same"), result.baseline.name),
@@ -39,13 +41,12 @@ def classes(result: OptimizeResult) -> Markup | None:
         ),
         class_="legend",
     )
-    return figure(
-        lambda _name, width: dumbbell(
-            pairs, title="right answers in the class, %", format_tick=tick, width=width, label=f"Accuracy by class. {caption}"
-        ),
-        caption,
-        legend,
-    )
+    title, label = "right answers in the class, %", f"Accuracy by class. {caption}"
+
+    def draw(_name: str, width: int) -> Markup:
+        return dumbbell(pairs, title=title, format_tick=tick, width=width, label=label)
+
+    return figure(draw, caption, legend)
 
 
 def _key(mark: Markup, kind: str) -> Markup:
@@ -67,7 +68,9 @@ def class_changes(result: OptimizeResult) -> list[tuple[str, float, float]]:
     if result.chosen.name == result.baseline.name:
         return []
     names = class_names(result)
-    rows = [(names.get(key, key), before[key], after[key]) for key in before if key in after]
+    rows = [
+        (names.get(key, f"class {key}" if key.isdigit() else key), before[key], after[key]) for key in before if key in after
+    ]
     return sorted(rows, key=lambda row: row[2] - row[1])
 
 
@@ -83,7 +86,7 @@ def worst_classes(rows: Sequence[tuple[str, float, float]]) -> str:
     if not worse:
         return "No class is worse than before."
     parts = [f"{name} ({before * 100:.1f} to {after * 100:.1f}{NBSP}%)" for name, before, after in worse]
-    return f"Worst: class {listing(parts)}."
+    return f"Worst: {listing(parts)}."
 
 
 def class_table(result: OptimizeResult) -> Markup | None:

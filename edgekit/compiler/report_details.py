@@ -149,7 +149,8 @@ def notes(result: OptimizeResult) -> Markup:
         share = f"{timing.noise * 100:.1f}{NBSP}%"
         items.append(
             f"Latency is of single samples: {timing.runs:,} runs after {timing.warmup_runs} to warm up, "
-            f"{timing.threads} thread{'s' if timing.threads != 1 else ''}, mean {milliseconds(timing.mean_ms)}, noise floor {share}."
+            f"{timing.threads} thread{'s' if timing.threads != 1 else ''}, mean {milliseconds(timing.mean_ms)}, "
+            f"noise floor {share}."
         )
         if timing.peak_rss_mb is not None:
             items.append(f"Peak memory of the process: {size(timing.peak_rss_mb * 1e6)}.")

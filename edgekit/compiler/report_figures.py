@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from edgekit.compiler.gate import LATENCY_TIE
 from edgekit.compiler.markup import Markup, element
 from edgekit.compiler.plot import Axis, Limit, Point, Shape, find_front, scatter, shape
 from edgekit.compiler.plot_rows import Bar, bars
-from edgekit.compiler.report_words import (  # fmt: skip  # noqa: E501
+from edgekit.compiler.report_words import (
     NBSP,
     SHARES,
     TIMES,
@@ -71,7 +72,7 @@ def trade_off(result: OptimizeResult, quantity: str) -> Markup | None:
     ]
     limits = _limits(result, quantity, scale)
     x_axis = Axis(
-        title=f"{'latency, median' if is_latency else 'size of the file'}, {unit} ({'faster' if is_latency else 'smaller'} is left)",
+        title=f"latency, median, {unit} (faster is left)" if is_latency else f"size of the file, {unit} (smaller is left)",
         format_tick=tick,
         is_lower_better=True,
         limits=limits,
@@ -82,18 +83,25 @@ def trade_off(result: OptimizeResult, quantity: str) -> Markup | None:
         is_lower_better=is_lower,
         limits=_quality_limits(result),
     )
-    names = [item.name for index, item in enumerate(drawn) if index in front]
-    place = "" if not is_latency or is_on_target(result) else f" Times are this host's, not those of {result.target.name}."
-    caption = (
-        f"{listing(names)} {'is' if len(names) == 1 else 'are'} on the Pareto front of these two figures: nothing else is better in one without being worse in the other. Bars are 95 % intervals."
-        + place
-    )
+    caption = _front_caption([item.name for index, item in enumerate(drawn) if index in front], result, is_latency=is_latency)
     label = f"{metric_title(metric)} against {'latency' if is_latency else 'size'} of {len(drawn)} candidates. {caption}"
-    return figure(
-        lambda name, width: scatter(points, x_axis, y_axis, width=width, height=430 if name != "narrow" else 340, label=label),
-        caption,
-        _legend(drawn, result),
-    )
+
+    def draw(name: str, width: int) -> Markup:
+        return scatter(points, x_axis, y_axis, width=width, height=340 if name == "narrow" else 430, label=label)
+
+    return figure(draw, caption, _legend(drawn, result))
+
+
+def _front_caption(names: Sequence[str], result: OptimizeResult, *, is_latency: bool) -> str:
+    """Who is on the front, and what the chosen one has to do with it."""
+    shown = f"On the Pareto front of these two figures: {listing(names)}"
+    parts = [f"{shown}; nothing else is better in one without being worse in the other."]
+    if result.chosen.name not in names:
+        parts.append(f"{result.chosen.name} is not on this front: the verdict weighs all figures, the budget and the noise.")
+    parts.append(f"Thin bars are 95{NBSP}% intervals.")
+    if is_latency and not is_on_target(result):
+        parts.append(f"Times are this host's, not those of {result.target.name}.")
+    return " ".join(parts)
 
 
 def _unit(drawn: Sequence[Candidate], *, is_latency: bool) -> tuple[float, str]:
@@ -125,10 +133,11 @@ def _point(
         ends = sorted(_y(report.metric, report.baseline + sign * drop) for drop in (report.drop_low, report.drop_high))
         interval = (ends[0], ends[1])
     cost = milliseconds(item.latency.p50_ms) if is_latency and item.latency else size(_x(item, is_latency=False))
+    shown = f"{quality(report.metric, report.value)} ({change_words(report)})"
     return Point(
         name=item.name, x=place[0], y=place[1], shape=kind, kind=class_, y_interval=interval, is_on_front=is_on_front,
         x_interval=(item.latency.p50_low_ms, item.latency.p50_high_ms) if is_latency and item.latency else None,
-        title=f"{item.name}: {quality(report.metric, report.value)} ({change_words(report)}), {cost}; {STATUS_WORDS[item.verdict.status]}",
+        title=f"{item.name}: {shown}, {cost}; {STATUS_WORDS[item.verdict.status]}",
         rank={"chosen": 0, "baseline": 1}.get(class_, 2 if is_on_front else 3),
     )  # fmt: skip
 
@@ -194,7 +203,10 @@ def _legend(drawn: Sequence[Candidate], result: OptimizeResult) -> Markup:
     """The key: only the symbols that occur."""
     words = {"star": "chosen", "square": "baseline", "circle": "meets the budget", "triangle": "misses the budget"}
     seen = {look(item, result) for item in drawn}
-    entries = [element("li", icon(kind, class_), words[kind]) for kind, class_ in sorted(seen) if kind in words]
+    entries = [
+        element("li", icon(kind, class_), words[kind])
+        for kind, class_ in sorted(seen, key=lambda entry: list(words).index(entry[0]))
+    ]
     return element(
         "ul",
         *entries,
@@ -213,9 +225,10 @@ def latency(result: OptimizeResult) -> Markup | None:
     for item, report in timed:
         kind, class_ = look(item, result)
         note = significant(report.p50_ms) + (
-            "" if report.ratio is None else f" ({'tie' if is_tie(report) else significant(report.ratio) + TIMES})"
+            "" if report.ratio is None else f" ({'tie' if is_tie(report) else f'{report.ratio:.2f}{TIMES}'})"
         )
-        title = f"{item.name}: p50 {milliseconds(report.p50_ms)}, p90 {milliseconds(report.p90_ms)}, p99 {milliseconds(report.p99_ms)}; {speed(report)}"
+        tail = f"p90 {milliseconds(report.p90_ms)}, p99 {milliseconds(report.p99_ms)}"
+        title = f"{item.name}: p50 {milliseconds(report.p50_ms)}, {tail}; {speed(report)}"
         rows.append(
             Bar(
                 name=item.name,
@@ -231,18 +244,14 @@ def latency(result: OptimizeResult) -> Markup | None:
     noise = max(report.noise for _, report in timed)
     place = "on the target's own hardware" if is_on_target(result) else f"on this host, not on {result.target.name}"
     caption = (
-        f"Solid bar: median (p50), pale bar: p90, whisker: p99; measured {place}, one sample a run, all candidates in turn. At the right the median and its share of the baseline's. "
-        f"Noise floor of this run (the baseline against itself): {noise * 100:.1f}{NBSP}%; nearer than that or than 2{NBSP}% is a tie."
+        f"Solid bar: median (p50), pale bar: p90, whisker: p99; measured {place}, one sample a run, all candidates in turn. "
+        f"At the right the median and its ratio to the baseline's. Noise floor of this run (the baseline against itself): "
+        f"{noise * 100:.1f}{NBSP}%; nearer than that or than {LATENCY_TIE * 100:g}{NBSP}% is a tie."
     )
     limits = _limits(result, "latency_ms", 1.0)
-    return figure(
-        lambda _name, width: bars(
-            rows,
-            title="ms",
-            format_tick=tick,
-            limits=limits,
-            width=width,
-            label=f"Latency of {len(rows)} candidates. {caption}",
-        ),
-        caption,
-    )
+    label = f"Latency of {len(rows)} candidates. {caption}"
+
+    def draw(_name: str, width: int) -> Markup:
+        return bars(rows, title="ms", format_tick=tick, limits=limits, width=width, label=label)
+
+    return figure(draw, caption)

@@ -96,8 +96,13 @@ def _opening(result: OptimizeResult) -> Markup:
     context = f"{result.request.model} for {result.target.title or result.target.name}"
     return element(
         "header", element("p", context, class_="context"), element("h1", headline(result)), badge,
-        element("p", result.verdict, class_="lede"), place, _key_figures(result), budget_table(result),
+        element("p", _lede(result.verdict), class_="lede"), place, _key_figures(result), budget_table(result),
     )  # fmt: skip
+
+
+def _lede(verdict: str) -> str:
+    """The gate's sentence; the badge beside it says already whether the budget is met."""
+    return verdict.removeprefix("Budget met: ").removeprefix("Budget not met: ")
 
 
 def _key_figures(result: OptimizeResult) -> Markup:
@@ -128,8 +133,9 @@ def _card(title: str, value: str, words: str, before: str) -> Markup:
 def _footer(result: OptimizeResult) -> Markup:
     request, chosen = result.request, result.chosen
     shape, kind = look(chosen, result)
-    made = f"edgekit {chosen.edgekit_version}, {chosen.created_at:%Y-%m-%d %H:%M} UTC, {len(result.candidates)} candidates in {result.seconds:.1f} s"
+    made = f"edgekit {chosen.edgekit_version}, {chosen.created_at:%Y-%m-%d %H:%M} UTC"
+    took = f"{len(result.candidates)} candidates in {result.seconds:.1f} s"
     how = f"effort {request.effort}, seed {request.seed}, {request.threads} thread{'s' if request.threads != 1 else ''}"
     return element(
-        "footer", element("p", icon(shape, kind), join(f" {made}; {how}. The same facts for programs: report.json."))
+        "footer", element("p", icon(shape, kind), join(f" {made}; {took}; {how}. The same facts for programs: report.json."))
     )

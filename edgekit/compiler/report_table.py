@@ -14,6 +14,7 @@ from edgekit.compiler.report_words import (
     difference,
     is_tie,
     metric_title,
+    plain,
     quality,
     significant,
     size,
@@ -45,8 +46,8 @@ def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]], *, l
 
 def candidate_table(result: OptimizeResult) -> Markup:
     """Every candidate with what it measured, its verdict and the reason."""
-    metric = metric_title(result.request.metric)
-    head: list[Cell] = [("candidate", None), ("verdict", None), (metric, "number"), ("change", "number"), ("p50, ms", "number"), ("p90", "number"), ("p99", "number"), (f"against {result.baseline.name}", "number"), ("size", "number"), ("why", "why")]  # fmt: skip  # noqa: E501
+    figures = (metric_title(result.request.metric), "change", "median, ms", f"against {result.baseline.name}", "size")
+    head: list[Cell] = [("candidate", None), ("verdict", None), *((title, "number") for title in figures)]
     rows = [(_row_class(item), _candidate_cells(item, result)) for item in result.candidates]
     return table(head, rows, label="All candidates")
 
@@ -57,14 +58,15 @@ def _row_class(item: Candidate) -> str:
 
 def _candidate_cells(item: Candidate, result: OptimizeResult) -> list[Cell]:
     shape, kind = look(item, result)
+    words = STATUS_WORDS[item.verdict.status]
+    reason = item.verdict.reason.removeprefix(words).lstrip("; ")
     name = element("span", icon(shape, kind), item.name, class_="with-icon")
     return [
         (name, None),
-        (STATUS_WORDS[item.verdict.status], f"verdict {item.verdict.status}"),
+        (element("span", element("b", words), element("small", reason)), f"verdict {item.verdict.status}"),
         *_quality_cells(item.evaluation),
         *_latency_cells(item.latency),
         (size(item.artifact.size_bytes) if item.artifact else NONE, "number"),
-        (item.verdict.reason, "why"),
     ]
 
 
@@ -82,15 +84,16 @@ def _quality_cells(report: EvalReport | None) -> list[Cell]:
 
 def _latency_cells(report: LatencyReport | None) -> list[Cell]:
     if report is None:
-        return [(NONE, "number")] * 4
-    figures: list[Cell] = [(significant(value), "number") for value in (report.p50_ms, report.p90_ms, report.p99_ms)]
+        return [(NONE, "number")] * 2
+    tail = element("small", f"p90 {significant(report.p90_ms)}, p99 {significant(report.p99_ms)}")
+    latency: Cell = (element("span", significant(report.p50_ms), tail), "number")
     if report.ratio is None:
-        return [*figures, (NONE, "number")]
+        return [latency, (NONE, "number")]
     range_ = None
     if report.ratio_low is not None and report.ratio_high is not None:
         range_ = element("small", f"{report.ratio_low:.3f} to {report.ratio_high:.3f}")
     shown = f"{report.ratio:.2f}{TIMES}" + (" (tie)" if is_tie(report) else "")
-    return [*figures, (element("span", shown, range_), "number")]
+    return [latency, (element("span", shown, range_), "number")]
 
 
 def budget_table(result: OptimizeResult) -> Markup:
@@ -100,13 +103,14 @@ def budget_table(result: OptimizeResult) -> Markup:
     checks = result.chosen.verdict.checks
     if not checks:
         return intro
+    width = 4 if any(check.note for check in checks) else 3
     head: list[Cell] = [("limit", None), ("measured", "number"), ("result", None), ("note", "why")]
-    rows = [("", _check_cells(check)) for check in checks]
-    return element("div", intro, table(head, rows, label="Budget"), class_="budget")
+    rows = [("", _check_cells(check)[:width]) for check in checks]
+    return element("div", intro, table(head[:width], rows, label="Budget"), class_="budget")
 
 
 def _check_cells(check: BudgetCheck) -> list[Cell]:
     sign = "\u2264" if check.operator == "<=" else "\u2265"
-    value = NONE if check.value is None else significant(check.value)
+    value = NONE if check.value is None else plain(check.value)
     result = "\u2717 missed" if not check.is_met else "\u2713 met" if check.value is not None else "? not measured"
     return [(f"{check.name} {sign} {check.limit:g}", None), (value, "number"), (result, None), (check.note, "why")]

@@ -1,7 +1,7 @@
 """Figures and claims of a report in words: a claim is made only where its interval allows it.
 
->>> size(100_413), milliseconds(0.0686), times(1.684)
-('100.4\\xa0kB', '0.0686\\xa0ms', '1.68\\xd7')
+>>> size(100_413).replace(NBSP, " "), milliseconds(0.0686).replace(NBSP, " "), plain(0.0004)
+('100.4 kB', '0.0686 ms', '0.0004')
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def significant(value: float, digits: int = 3) -> str:
         return "0" if value == 0 else NONE
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
     return f"{value:,.{min(decimals, 9)}f}".replace("-", MINUS)
+
+
+def plain(value: float) -> str:
+    """A number with up to four significant digits and no zeros at its end."""
+    shown = significant(value, 4)
+    return shown.rstrip("0").rstrip(".") if "." in shown else shown
 
 
 def milliseconds(value: float) -> str:
