@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,20 +140,27 @@ def _read_labels(path: Path | None) -> tuple[str, ...]:
 
 
 def _print_plan(request: OptimizeRequest, *, is_quiet: bool) -> None:
+    """Print the plan that the run would execute; the output folder is checked and not touched."""
+    from edgekit.compiler.output import check_out, default_out
     from edgekit.compiler.preparation import Reporter, plan_candidates, prepare
 
     progress = Progress(is_quiet=is_quiet)
-    prepared = prepare(request, Reporter(lambda event: progress.update(event.stage, event.done)))
+    with tempfile.TemporaryDirectory(prefix="edgekit-plan-") as folder:
+        elsewhere = replace(request, out=Path(folder) / "out")
+        prepared = prepare(elsewhere, Reporter(lambda event: progress.update(event.stage, event.done)))
+        planned = plan_candidates(prepared)
     progress.clear()
+    folder_name = request.out or default_out(prepared.source.stem, prepared.target.name)
+    check_out(folder_name)
     for text in prepared.warnings:
         warn(text)
     rows = [
-        [planned.recipe.name, " + ".join(spec.describe() for spec in planned.recipe.passes) or "-", planned.obstacle or "yes"]
-        for planned in plan_candidates(prepared)
+        [item.recipe.name, " + ".join(spec.describe() for spec in item.recipe.passes) or "-", item.obstacle or "yes"]
+        for item in planned
     ]
     out(table(["candidate", "passes", "possible"], rows))
     budget = prepared.budget.text if prepared.budget else f"default for {prepared.metric.name}"
-    out(f"target {prepared.target.name}, metric {prepared.metric.name}, budget {budget}, output {prepared.out}")
+    out(f"target {prepared.target.name}, metric {prepared.metric.name}, budget {budget}, output {folder_name}")
 
 
 def _print_result(result: OptimizeResult, folder: Path) -> None:

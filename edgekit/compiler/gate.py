@@ -306,7 +306,11 @@ def pick_fastest(candidates: Sequence[Measured]) -> Measured:
     tied = [item for item in candidates if is_tie(fastest, item)]
     smallest = min(item.size_bytes for item in tied)
     small = [item for item in tied if item.size_bytes <= smallest * (1 + SIZE_TIE)]
-    return min(small, key=lambda item: item.evaluation.drop if item.evaluation else 0.0)
+    return min(small, key=_drop)
+
+
+def _drop(item: Measured) -> float:
+    return item.evaluation.drop if item.evaluation else 0.0
 
 
 def find_pareto(candidates: Sequence[Measured]) -> frozenset[str]:
@@ -404,6 +408,8 @@ def _why_not(item: Measured, chosen: Measured, origin: Measured) -> str:
         if item.size_bytes > chosen.size_bytes * (1 + SIZE_TIE):
             share = item.size_bytes / chosen.size_bytes - 1
             return _join([f"meets the budget; ties with {chosen.name} in latency, but is {share * 100:.0f} % larger", *note])
+        if _drop(item) < _drop(chosen):
+            return _join(["meets the budget; more accurate, but not as fast as the fastest candidate", *note])
         return _join([f"meets the budget; ties with {chosen.name} in latency and size, and is not more accurate", *note])
     factor = ratio_of(item)[0] / ratio_of(chosen)[0]
     if factor < 1:

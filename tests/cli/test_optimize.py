@@ -75,7 +75,7 @@ def test_dry_run_writes_no_result(place, capsys):
     out = capsys.readouterr().out
     assert "int8-per-channel" in out
     assert "quantize-static(is_per_channel=True)" in out
-    assert not (place / "result" / "candidate.json").exists()
+    assert not (place / "result").exists()
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,16 @@ def test_memory_that_was_not_measured_is_said():
     assert "could not be measured" in check.note
 
 
+def test_more_accurate_but_outside_the_tie_with_the_fastest():
+    fast = candidate("fast", 0.500, drop=0.002)
+    middle = candidate("middle", 0.508, drop=0.001)
+    accurate = candidate("accurate", 0.516, drop=0.0)
+    result = judge([FP32, fast, middle, accurate], BUDGET, baseline="fp32")
+    assert result.chosen == "middle"
+    assert "more accurate, but not as fast" in result.verdicts["accurate"].reason
+    assert "not more accurate" in result.verdicts["fast"].reason
+
+
 points = st.builds(
     candidate,
     name=st.uuids().map(str),
