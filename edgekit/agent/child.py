@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from edgekit.agent.interpreter import module_command
 from edgekit.agent.link import (
     Collect,
     Collected,
@@ -74,8 +74,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "edgekit.agent.worker", "--link", str(theirs.fileno()), "--listen", str(listener.fileno())),
+                *module_command("edgekit.agent.worker", "--link", str(theirs.fileno()), "--listen", str(listener.fileno())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), listener.fileno()),
                 env=WORKER_ENVIRONMENT | dict(os.environ),

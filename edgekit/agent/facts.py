@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 
+from edgekit.agent.interpreter import module_command
 from edgekit.agent.plan import DeviceFacts
 from edgekit.errors import EnvironmentFault
 from edgekit.schema.base import decode_json, encode_json
@@ -41,9 +42,8 @@ def ask_facts() -> DeviceFacts:
         EnvironmentFault: ``agent.probe_failed``.
     """
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "edgekit.agent.facts"], capture_output=True, timeout=PROBE_SECONDS, check=True
-        )
+        command = module_command("edgekit.agent.facts")
+        done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, check=True)  # noqa: S603 - our own module
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", b"") or b""
         last = detail.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]

@@ -63,7 +63,7 @@ def run(
 ) -> None:
     """Run the agent in the foreground until SIGTERM or Ctrl-C. It logs key=value on stderr."""
     from edgekit.agent.config import load_config
-    from edgekit.agent.daemon import run_agent
+    from edgekit.cli.agent_process import become_agent
 
     flags: dict[str, Any] = {
         "device": device,
@@ -82,7 +82,7 @@ def run(
         "labels": _labels(label),
         "allow_insecure": True if allow_insecure else None,
     }
-    raise typer.Exit(run_agent(load_config(config, flags=flags)))
+    become_agent(load_config(config, flags=flags))
 
 
 def _ask(url: str) -> AgentStatus | None:
