@@ -102,7 +102,7 @@ def _report(error: EdgekitError) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, standalone_mode=False, prog_name="edgekit")
     except EdgekitError as error:
         return _report(error)
     except KeyboardInterrupt:
