@@ -24,6 +24,14 @@ BOLD_PX = 7.4
 LABEL_PX = 13.0
 NARROW_PX = 500
 """Below this width only the chosen one, the baseline and the front are labelled."""
+CROWD = 14
+"""The same with more points than this."""
+
+
+SAME = 1e-9
+"""Values that differ by less than this share of the largest are drawn as equal."""
+SMALLEST = 1e-20
+"""Values nearer to 0 are drawn as 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,8 @@ def nice_ticks(low: float, high: float, count: int) -> tuple[float, ...]:
     """Round values inside ``low`` .. ``high``."""
     step = nice_step(high - low, count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(round(index * step, 12) for index in range(first, last + 1))
+    decimals = max(1 - math.floor(math.log10(step)), 0)
+    return tuple(round(index * step, decimals) for index in range(first, last + 1))
 
 
 def span(values: Sequence[float], *, limits: Sequence[Limit] = (), is_from_zero: bool = False) -> tuple[float, float]:
@@ -99,8 +108,10 @@ def span(values: Sequence[float], *, limits: Sequence[Limit] = (), is_from_zero:
         is_from_zero: begin at 0 where the smallest value is less than half the largest.
     """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    width = high - low or abs(high) * 0.1 or 1.0
-    if high == low:
+    largest = max(abs(low), abs(high))
+    width = high - low
+    if width <= SAME * largest or largest < SMALLEST:
+        width = max(largest * 0.1, width) if largest >= SMALLEST else 1.0
         low, high = low - width / 2, high + width / 2
     for limit in limits:
         if max(high, limit.value) - min(low, limit.value) <= 4 * width:
@@ -263,7 +274,7 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
     """Names beside the symbols, important ones first; those without room are left to the table and the tooltip."""
     taken: list[Box] = [_around(x(point.x), y(point.y)) for point in points]
     parts = []
-    most = 2 if x.end < NARROW_PX else 9
+    most = 2 if x.end < NARROW_PX or len(points) > CROWD else 9
     for point in sorted((item for item in points if item.rank <= most), key=lambda item: item.rank):
         name = shorten(point.name, 26)
         for box, anchor in _places(x(point.x), y(point.y), len(name) * (CHARACTER_PX if point.rank else BOLD_PX)):
@@ -288,8 +299,8 @@ def _places(x: float, y: float, width: float) -> list[tuple[Box, str]]:
     places: list[tuple[Box, str]] = []
     for shift in (0.0, -LABEL_PX, LABEL_PX, -2 * LABEL_PX, 2 * LABEL_PX, 3 * LABEL_PX, 4 * LABEL_PX):
         top = y + shift - LABEL_PX / 2
-        places.append(((x + 10, top, x + 10 + width, top + LABEL_PX), "start"))
-        places.append(((x - 10 - width, top, x - 10, top + LABEL_PX), "end"))
+        places.append(((x + 12, top, x + 12 + width, top + LABEL_PX), "start"))
+        places.append(((x - 12 - width, top, x - 12, top + LABEL_PX), "end"))
     return places
 
 

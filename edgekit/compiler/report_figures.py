@@ -27,7 +27,8 @@ from edgekit.compiler.report_words import (
 from edgekit.compiler.result import OptimizeResult
 from edgekit.schema.candidate import Candidate
 
-WIDTHS = {"wide": 900, "middle": 600, "narrow": 340}
+WIDTHS = {"wide": 1000, "middle": 600, "narrow": 340}
+TINY_STEP = 1e-6
 BYTES_PER_KB, BYTES_PER_MB = 1e3, 1e6
 STATUS_SHAPES: dict[str, Shape] = {"chosen": "star", "passed": "circle", "missed": "triangle", "failed": "cross"}
 STATUS_WORDS = {"chosen": "chosen", "passed": "meets the budget", "missed": "misses the budget", "failed": "failed"}
@@ -183,6 +184,8 @@ def _quality_limits(result: OptimizeResult) -> tuple[Limit, ...]:
 
 def tick(value: float, step: float) -> str:
     """A tick with as many decimals as its step needs."""
+    if step < TINY_STEP:
+        return significant(value)
     decimals = next((count for count in range(7) if abs(round(step, count) - step) < step * 1e-6), 7)
     return f"{value:,.{decimals}f}".replace("-", "\u2212")
 

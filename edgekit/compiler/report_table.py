@@ -85,8 +85,8 @@ def _quality_cells(report: EvalReport | None) -> list[Cell]:
 def _latency_cells(report: LatencyReport | None) -> list[Cell]:
     if report is None:
         return [(NONE, "number")] * 2
-    tail = element("small", f"p90 {significant(report.p90_ms)}, p99 {significant(report.p99_ms)}")
-    latency: Cell = (element("span", significant(report.p50_ms), tail), "number")
+    tail = [element("small", f"p90 {significant(report.p90_ms)}"), element("small", f"p99 {significant(report.p99_ms)}")]
+    latency: Cell = (element("span", significant(report.p50_ms), *tail), "number")
     if report.ratio is None:
         return [latency, (NONE, "number")]
     range_ = None

@@ -27,20 +27,25 @@ METRICS = {
 }
 SHARES = frozenset({"top1", "balanced_accuracy", "agreement"})
 SIZE_SAME = 0.02
+"""Files that differ by less are said to be as large."""
+SMALL_POWER, LARGE_POWER = 6, 9
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number without an exponent, with so many significant digits."""
+    """A number with so many significant digits, as people write it: very small and large ones as a power of ten."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else NONE
-    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    return f"{value:,.{min(decimals, 9)}f}".replace("-", MINUS)
+    power = math.floor(math.log10(abs(value)))
+    if -SMALL_POWER <= power <= LARGE_POWER:
+        return f"{value:,.{max(digits - 1 - power, 0)}f}".replace("-", MINUS)
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}{TIMES}10^{int(exponent)}".replace("-", MINUS)
 
 
 def plain(value: float) -> str:
     """A number with up to four significant digits and no zeros at its end."""
     shown = significant(value, 4)
-    return shown.rstrip("0").rstrip(".") if "." in shown else shown
+    return shown.rstrip("0").rstrip(".") if "." in shown and TIMES not in shown else shown
 
 
 def milliseconds(value: float) -> str:
@@ -164,7 +169,9 @@ def headline(result: OptimizeResult) -> str:
         return f"No candidate meets the budget; {chosen.name} comes nearest."
     if chosen.name == baseline.name:
         return f"Keep {chosen.name}: nothing that was tried is better within the budget."
-    gains = [speed(chosen.latency).split(",")[0]] if chosen.latency and chosen.latency.ratio is not None else []
+    gains = []
+    if chosen.latency is not None and chosen.latency.ratio is not None:
+        gains.append(speed(chosen.latency).split(",")[0] + ("" if chosen.latency.is_on_target else " here"))
     gains += [part for part in [smaller(chosen, baseline)] if part]
     against = f" {'as' if gains and gains[-1].startswith('as ') else 'than'} {baseline.name}" if gains else ""
     parts = [" and ".join(gains) + against] if gains else []
