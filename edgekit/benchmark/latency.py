@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from edgekit.errors import UsageError
 from edgekit.runtime.session import Array, Session
 from edgekit.schema.measurement import LatencyReport
 
+Comparison = Literal["baseline", "faster", "slower", "tie"]
 Progress = Callable[[str, float], None]
 Times = NDArray[np.float64]
 
@@ -33,6 +35,8 @@ MAX_WARMUP_SECONDS = 2.0
 MAX_ROUNDS = 20_000
 RESAMPLES = 1000
 BLOCK = 1_000_000
+MIN_NOISE = 0.01
+"""Two sessions of the very same file differ by up to a percent; less is never a difference."""
 _TWIN = "\0twin"
 
 
@@ -76,6 +80,7 @@ def collect(
     *,
     baseline: str,
     twin: Session | None = None,
+    requests: Mapping[str, Mapping[str, Array]] | None = None,
     seconds: float,
     min_runs: int,
     seed: int,
@@ -85,18 +90,21 @@ def collect(
 
     Args:
         sessions: models by name.
-        feeds: one request, the same for all.
+        feeds: one request, for every session that ``requests`` does not name.
         baseline: the name of the session to compare with.
         twin: a second session of the baseline's model; without it the baseline's own session runs twice a round.
+        requests: the same request as other sessions take it, by session name.
         seconds: time for each session; the whole run takes about (number of sessions + 1) times as long.
         min_runs: at least so many rounds, whatever they take.
         seed: draws the order within the rounds.
         on_progress: called now and then with a text and the fraction done.
     """
-    warmups = {name: warm_up(session, feeds) for name, session in sessions.items()}
+    requests = requests or {}
+    entries = [(name, session, requests.get(name, feeds)) for name, session in sessions.items()]
+    warmups = {name: warm_up(session, request) for name, session, request in entries}
+    entries.append((_TWIN, twin or sessions[baseline], requests.get(baseline, feeds)))
     if twin:
-        warm_up(twin, feeds)
-    entries = [*sessions.items(), (_TWIN, twin or sessions[baseline])]
+        warm_up(*entries[-1][1:])
     rows: list[list[float]] = []
     generator = np.random.default_rng(seed)
     started = time.perf_counter()
@@ -104,7 +112,7 @@ def collect(
     while len(rows) < MAX_ROUNDS:
         row = [0.0] * len(entries)
         for position in generator.permutation(len(entries)):
-            row[position] = _time_once(entries[position][1], feeds)
+            row[position] = _time_once(*entries[position][1:])
         rows.append(row)
         spent = time.perf_counter() - started
         if len(rows) >= min_runs and spent >= budget:
@@ -112,7 +120,7 @@ def collect(
         if on_progress and len(rows) % 16 == 0:
             on_progress(f"timing {len(sessions)} models", min(1.0, max(spent / budget, 0.0)))
     table = np.asarray(rows, dtype=np.float64)
-    runs = {name: table[:, i] for i, (name, _session) in enumerate(entries) if name != _TWIN}
+    runs = {name: table[:, i] for i, (name, _session, _request) in enumerate(entries) if name != _TWIN}
     return Timings(runs=runs, twin=table[:, -1], warmup_runs=warmups)
 
 
@@ -152,6 +160,7 @@ def measure(
     is_on_target: bool,
     threads: int,
     twin: Session | None = None,
+    requests: Mapping[str, Mapping[str, Array]] | None = None,
     seconds: float = 2.0,
     min_runs: int = 50,
     seed: int = 0,
@@ -161,11 +170,12 @@ def measure(
 
     Args:
         sessions: models by name, loaded with ``threads`` threads.
-        feeds: one request by input name, the same for all.
+        feeds: one request by input name, for every session that ``requests`` does not name.
         baseline: the name of the session that ratios compare with.
         is_on_target: whether this machine is the target's hardware.
         threads: for the report.
         twin: a second session of the baseline's model, for the noise floor.
+        requests: the same request as other sessions take it (other input names or types), by session name.
         seconds: time for each session.
         min_runs: at least so many runs of each.
         seed: draws orders and resamples.
@@ -180,7 +190,15 @@ def measure(
     if baseline not in sessions:
         raise UsageError("benchmark.baseline", f"{baseline}: not among the models.", hint=f"Choose from {', '.join(sessions)}.")
     timings = collect(
-        sessions, feeds, baseline=baseline, twin=twin, seconds=seconds, min_runs=min_runs, seed=seed, on_progress=on_progress
+        sessions,
+        feeds,
+        baseline=baseline,
+        twin=twin,
+        requests=requests,
+        seconds=seconds,
+        min_runs=min_runs,
+        seed=seed,
+        on_progress=on_progress,
     )
     names = list(timings.runs)
     samples = np.stack([timings.runs[name] for name in names], axis=1)
@@ -212,3 +230,12 @@ def measure(
             ratio_high=None if is_baseline else ratio_high,
         )
     return reports
+
+
+def compare(report: LatencyReport) -> Comparison:
+    """What a report says against its baseline: a difference inside the interval or the noise is a tie."""
+    if report.ratio is None or report.ratio_low is None or report.ratio_high is None:
+        return "baseline"
+    if report.ratio_low <= 1 <= report.ratio_high or abs(report.ratio - 1) <= max(report.noise, MIN_NOISE):
+        return "tie"
+    return "faster" if report.ratio < 1 else "slower"

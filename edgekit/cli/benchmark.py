@@ -8,69 +8,53 @@ from typing import Any
 
 import typer
 
-from edgekit.cli.console import Progress, note, out, out_json, paint, table
-from edgekit.errors import DataError, UsageError
+from edgekit.cli.console import Progress, format_bytes, note, out, out_json, table, warn
+from edgekit.errors import UsageError
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
+NOISY = 0.05
+_COLUMNS = ["model", "size", "peak RSS", "p50 ms", "p90 ms", "p99 ms", "p50 95 %", "ratio", "ratio 95 %", "noise", "verdict"]
 
 
 def _names(paths: list[Path]) -> list[str]:
     """Short, distinct names: the file's name, with its folders where two are alike, numbered where they are the same."""
     names: list[str] = []
     for path in paths:
-        alike = sum(other.name == path.name for other in paths) > 1
-        name = str(path) if alike else path.name
+        alike = {other for other in paths if other.name == path.name}
+        name = str(path) if len(alike) > 1 else path.name
         count = names.count(name) + sum(1 for used in names if used.startswith(f"{name} ("))
         names.append(f"{name} ({count + 1})" if count else name)
     return names
 
 
-def _random_feeds(specs: Any, batch: int) -> dict[str, Any]:
-    """Inputs of the right type and shape: uniform floats in 0..1, small integers."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    feeds = {}
-    for spec in specs:
-        shape = [
-            batch if i == 0 and isinstance(axis, str) else 1 if isinstance(axis, str) else axis
-            for i, axis in enumerate(spec.shape)
-        ]
-        if spec.dtype.startswith("float"):
-            feeds[spec.name] = generator.random(shape, np.float32).astype(spec.dtype)
-        else:
-            feeds[spec.name] = generator.integers(0, 2, shape).astype(spec.dtype)
-    return feeds
+def _find_baseline(wanted: str, names: list[str], paths: list[Path]) -> str:
+    if not wanted:
+        return names[0]
+    for name, path in zip(names, paths, strict=True):
+        if wanted in {name, str(path)}:
+            return name
+    raise UsageError("benchmark.baseline", f"{wanted}: not among the models.", hint=f"Choose from {', '.join(names)}.")
 
 
-def _feeds(data: str | None, sessions: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    first_name, first = next(iter(sessions.items()))
-    expected = {(spec.name, spec.dtype) for spec in first.inputs}
-    for name, session in sessions.items():
-        if {(spec.name, spec.dtype) for spec in session.inputs} != expected:
-            message = f"{name}: its inputs differ from those of {first_name}; one request must fit every model."
-            raise DataError("benchmark.inputs_differ", message, hint="Compare models with the same inputs.")
+def _make_requests(data: str | None, sessions: Mapping[str, Any], batch: int) -> dict[str, dict[str, Any]]:
+    """The request of each session: the first one's, fitted to the others."""
+    from edgekit.benchmark.request import fit_request, make_request, take_samples
+
+    first = next(iter(sessions.values())).inputs
     if data is None:
-        return _random_feeds(first.inputs, batch)
-    from edgekit.dataset.load import load_dataset
+        request = make_request(first, batch=batch)
+    else:
+        from edgekit.dataset.load import load_dataset
 
-    loaded = load_dataset(data, first.inputs)
-    return {name: value[:batch] for name, value in loaded.inputs.items()}
-
-
-def verdict(report: Any) -> str:
-    """What a ratio means: a difference inside the interval or the noise is a tie."""
-    if report.ratio is None:
-        return "baseline"
-    if report.ratio_low <= 1 <= report.ratio_high or abs(report.ratio - 1) <= max(report.noise, MIN_NOISE):
-        return "tie"
-    return "faster" if report.ratio < 1 else "slower"
-
-
-MIN_NOISE = 0.01
-"""Two sessions of the very same file differ by up to a percent; less is never a difference."""
+        request = take_samples(load_dataset(data, first).inputs, first, batch=batch)
+    requests = {}
+    for name, session in sessions.items():
+        requests[name], is_same = fit_request(request, session.inputs, name=name, batch=batch)
+        if not is_same and data is not None:
+            warn(f"{name} takes its input in another form: it is timed on random values")
+    return requests
 
 
 @app.command()
@@ -80,35 +64,39 @@ def benchmark(
     baseline: str = typer.Option("", "--baseline", help="The model to compare with.  [default: the first]"),
     threads: int = typer.Option(1, "--threads", min=1, help="Intra-op threads."),
     batch: int = typer.Option(1, "--batch", min=1, help="Samples in a request, where the model's batch is free."),
-    seconds: float = typer.Option(2.0, "--seconds", min=0.0, help="Time for each model."),
+    seconds: float = typer.Option(2.0, "--seconds", min=0.0, max=3600.0, help="Time for each model."),
     runs: int = typer.Option(50, "--runs", min=2, help="At least so many runs of each."),
-    seed: int = typer.Option(0, "--seed", help="Draws the order within the rounds."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Draws the order within the rounds."),
     json: bool = typer.Option(False, "--json", help="Print the latency reports as JSON."),
 ) -> None:
     """Time models against each other: interleaved, warmed up, with confidence intervals and the noise floor.
 
     p50, p90 and p99 are of single requests. The ratio is to the baseline's median, below 1 is faster; a difference inside its
-    interval or inside the noise is a tie.
+    interval or inside the noise is a tie. Peak RSS is that of a process of its own which loads and runs the model.
     """
+    import msgspec
+
     from edgekit.benchmark.latency import measure
+    from edgekit.benchmark.memory import measure_peak_rss
     from edgekit.runtime.registry import open_session
     from edgekit.runtime.session import SessionOptions
 
     names = _names(models)
-    if baseline and baseline not in names and baseline not in [str(path) for path in models]:
-        raise UsageError("benchmark.baseline", f"{baseline}: not among the models.", hint=f"Choose from {', '.join(names)}.")
-    base = baseline if baseline in names else names[[str(path) for path in models].index(baseline)] if baseline else names[0]
+    paths = dict(zip(names, models, strict=True))
+    base = _find_baseline(baseline, names, models)
     options = SessionOptions(threads=threads)
-    sessions = {name: open_session(path, options=options) for name, path in zip(names, models, strict=True)}
-    twin = open_session(models[names.index(base)], options=options)
-    feeds = _feeds(data, sessions, batch)
+    sessions = {name: open_session(path, options=options) for name, path in paths.items()}
+    requests = _make_requests(data, sessions, batch)
     progress = Progress(is_quiet=json)
+    progress.update("measuring memory")
+    peaks = {name: measure_peak_rss(path, requests[name], options=options) for name, path in paths.items()}
     reports = measure(
         sessions,
-        feeds,
+        requests[base],
         baseline=base,
-        twin=twin,
-        is_on_target=True,
+        twin=open_session(paths[base], options=options),
+        requests=requests,
+        is_on_target=True,  # no target was named: the host is what is measured
         threads=threads,
         seconds=seconds,
         min_runs=runs,
@@ -116,30 +104,46 @@ def benchmark(
         on_progress=progress.update,
     )
     progress.clear()
+    reports = {name: msgspec.structs.replace(report, peak_rss_mb=peaks[name]) for name, report in reports.items()}
     if json:
         out_json(reports)
         return
-    _print(reports, base)
+    _print_table(reports, paths)
+    _print_host(reports, base)
 
 
-def _print(reports: Mapping[str, Any], base: str) -> None:
+def _print_table(reports: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    from edgekit.benchmark.latency import compare
+
     rows = []
     for name, report in reports.items():
-        interval = "" if report.ratio is None else f"{report.ratio_low:.3f}..{report.ratio_high:.3f}"
-        ratio = "" if report.ratio is None else f"{report.ratio:.3f}"
         times = [f"{value:.3f}" for value in (report.p50_ms, report.p90_ms, report.p99_ms)]
-        p50_interval = f"{report.p50_low_ms:.3f}..{report.p50_high_ms:.3f}"
-        rows.append([name, *times, p50_interval, ratio, interval, verdict(report)])
-    headers = ["model", "p50 ms", "p90 ms", "p99 ms", "p50 95 %", "ratio", "ratio 95 %", "verdict"]
-    out(table(headers, rows, right=[1, 2, 3, 5]))
+        ratio = ["", ""]
+        if report.ratio is not None:
+            ratio = [f"{report.ratio:.3f}", f"{report.ratio_low:.3f}..{report.ratio_high:.3f}"]
+        rows.append(
+            [
+                name,
+                format_bytes(paths[name].stat().st_size),
+                "" if report.peak_rss_mb is None else f"{report.peak_rss_mb:.1f} MB",
+                *times,
+                f"{report.p50_low_ms:.3f}..{report.p50_high_ms:.3f}",
+                *ratio,
+                f"{report.noise:.1%}",
+                compare(report),
+            ]
+        )
+    out(table(_COLUMNS, rows, right=[1, 2, 3, 4, 5, 7, 9]))
+
+
+def _print_host(reports: Mapping[str, Any], base: str) -> None:
     report = reports[base]
     host = report.host
     threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
+    runtimes = ", ".join(sorted({f"{item.host.runtime} {item.host.runtime_version}" for item in reports.values()}))
+    governor = f", governor {host.governor}" if host.governor else ""
     note()
-    note(
-        f"{report.runs} interleaved runs of each, {threads}; noise floor {report.noise:.1%} (the baseline against itself)",
-        "dim",
-    )
-    note(f"measured on {host.cpu} ({' '.join(host.isa)}), {host.runtime} {host.runtime_version}, {host.os}", "dim")
-    if report.noise > 0.05:
-        note(paint("the machine is noisy: close what else runs, or give more --seconds", "yellow"))
+    note(f"{report.runs} interleaved runs of each, {threads}; noise is the baseline against a second session of itself", "dim")
+    note(f"measured on {host.cpu} ({' '.join(host.isa)}), {host.cores} cores{governor}, {runtimes}, {host.os}", "dim")
+    if report.noise > NOISY:
+        warn("the machine is noisy: close what else runs, or give more --seconds")
