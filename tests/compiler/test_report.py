@@ -42,7 +42,8 @@ VOID = {"meta", "br", "hr", "col"}
 
 def evaluation(drop=0.002, low=-0.001, high=0.005, **changes):
     report = EvalReport(
-        metric="top1", value=0.9 - drop, baseline=0.9, drop=drop, is_higher_better=True, samples=1000, data=DIGEST, isa=("avx2",),
+        metric="top1", value=0.9 - drop, baseline=0.9, drop=drop, is_higher_better=True, samples=1000, data=DIGEST,
+        isa=("avx2",),
         drop_low=low, drop_high=high, per_class={"0": 0.9, "1": 0.9 - 2 * drop},
     )  # fmt: skip
     return msgspec.structs.replace(report, **changes)
