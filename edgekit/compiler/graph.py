@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from edgekit.compiler.export import quiet
 from edgekit.compiler.storage import write_durably
 from edgekit.errors import ArtifactError
+from edgekit.runtime.ort import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -392,9 +393,7 @@ def open_plain(data: bytes, *, level: str = "none", stored: Path | None = None) 
     Raises:
         ArtifactError: ``model.unloadable`` when the runtime refuses the model.
     """
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if level == "basic" else levels.ORT_DISABLE_ALL

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgekit.compiler.result import OpLatency
+from edgekit.runtime.ort import load_onnxruntime
 
 RUNS = 30
 WARMUP_RUNS = 5
@@ -19,9 +20,7 @@ WARMUP_RUNS = 5
 
 def profile_operators(path: Path, feeds: Mapping[str, NDArray[Any]], *, threads: int) -> tuple[OpLatency, ...]:
     """Time by operator per run, slowest first; what the runtime really ran, after its own fusions."""
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4

@@ -15,6 +15,7 @@ from edgekit.compiler.passes.base import PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle, infer, silenced_root
 from edgekit.compiler.passes.on_onnx.written import write_step
 from edgekit.errors import ArtifactError
+from edgekit.runtime.ort import load_onnxruntime
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -75,6 +76,7 @@ def _convolution_share(proto: ModelProto) -> float:
 
 
 def _quantize(proto: ModelProto, weights: str, kinds: tuple[str, ...], *, reduce_range: bool) -> ModelProto:
+    load_onnxruntime()
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
     from onnxruntime.quantization.quant_utils import QuantizationMode
