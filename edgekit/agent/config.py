@@ -32,6 +32,7 @@ from edgekit.telemetry.topics import check_name
 
 ENV_PREFIX = "EDGEKIT_AGENT_"
 ENV_FILE = "EDGEKIT_AGENT_CONFIG"
+MIN_OUTBOX_BYTES = 16 << 10
 MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
@@ -192,6 +193,8 @@ def check_config(config: AgentConfig) -> None:
     for field in ("poll_s", "window_s", "heartbeat_s", "request_timeout_s", "selftest_timeout_s"):
         if not 0 < getattr(config, field) < 1e7:
             raise _invalid(f"{field} is {getattr(config, field):g}: expected a positive number of seconds.")
+    if config.outbox_bytes < MIN_OUTBOX_BYTES:
+        raise _invalid(f"outbox_bytes is {config.outbox_bytes}: expected at least {MIN_OUTBOX_BYTES}.")
     if not 0 <= config.port <= 65535:
         raise _invalid(f"port is {config.port}: expected 0..65535 (0: any free port).")
     if config.repository:

@@ -21,7 +21,7 @@ from edgekit.errors import EnvironmentFault
 
 Kind = Literal["birth", "rep", "ev", "w"]
 ROW_OVERHEAD_BYTES = 64
-DROP_FRACTION = 0.1
+DROP_FRACTION = 0.25
 _SCHEMA = """
 create table if not exists spool (
     id integer primary key autoincrement,
@@ -131,7 +131,7 @@ class Outbox:
         return int(cursor.lastrowid or 0), dropped
 
     def _make_room(self, size: int) -> list[Dropped]:
-        """Drop the oldest until a tenth of the cap is free, so that the next message does not have to."""
+        """Drop the oldest until a quarter of the cap is free: one loss report stands for many messages."""
         goal = self._bytes + size - self._max_bytes + int(self._max_bytes * DROP_FRACTION)
         freed = 0
         ids: list[tuple[int]] = []

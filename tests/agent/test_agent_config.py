@@ -66,6 +66,7 @@ def test_missing_and_malformed_file(tmp_path):
         {"port": 70_000},
         {"port": "many"},
         {"poll_s": 0},
+        {"outbox_bytes": 100},
         {"window_s": float("nan")},
         {"broker": "tcp://x"},
         {"broker": "mqtt://127.0.0.1:99999"},

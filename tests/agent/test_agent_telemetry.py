@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 
 import pytest
 
@@ -150,10 +149,10 @@ def test_killed_agent_leaves_its_will(make_agent, listener):
 
 
 def test_full_spool_tells_what_it_dropped(make_agent, listener):
-    agent = make_agent(**settings(listener, window_s=0.02, outbox_bytes=12_000)).start()
+    agent = make_agent(**settings(listener, window_s=0.02, outbox_bytes=24_000)).start()
     agent.wait_status(lambda body: body["outbox_messages"] > 20)
-    time.sleep(2.0)
-    assert agent.status()["outbox_bytes"] <= 14_000
+    wait_for(lambda: agent.logged("event=messages_dropped"), what="a full spool")
+    assert agent.status()["outbox_bytes"] <= 25_000
     listener.start()
     wait_for(lambda: [e for e in listener.of(Event) if e.kind == "messages_dropped"], what="the loss report")
     agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] < 5)
