@@ -22,6 +22,7 @@ from edgekit.dataset.data import Dataset
 from edgekit.dataset.load import load_dataset
 from edgekit.errors import EdgekitError, TargetError
 from edgekit.evaluation.metric import Metric, resolve_metric
+from edgekit.runtime.ort import load_onnxruntime
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import Session, SessionOptions
 from edgekit.schema.contract import Contract
@@ -139,6 +140,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
         TargetError: ``target.source_unsupported`` when the target cannot run this kind of model.
     """
     reporter.tell("prepare", "loading the target and the model")
+    load_onnxruntime()  # before torch's exporter imports it: its telemetry is switched off at the first import or never
     target = load_target(request.target)
     budget = parse_budget(request.budget, metric=request.metric) if request.budget is not None else None
     source = load_source(

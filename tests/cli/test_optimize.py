@@ -114,6 +114,25 @@ def test_class_names_come_from_a_file(place):
     assert record.contract.labels == ("cat", "dog", "bird", "fish")
 
 
+def test_no_identifier_file_is_left(place):
+    (place / "home").mkdir()
+    (place / "tiny.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def create():\n    return nn.Sequential(nn.Flatten(), nn.Linear(144, 4))\n"
+        "def example_inputs():\n    return (torch.zeros(1, 1, 12, 12),)\n"
+    )
+    np.savez(place / "plain.npz", inputs=images(40)["x"])
+    code = "from edgekit.cli.main import run; run()"
+    arguments = ["optimize", "tiny.py:create", "--target", "host", "--data", "plain.npz", "--effort", "fast", "--out", "result"]
+    home = {"HOME": str(place / "home"), "XDG_CACHE_HOME": str(place / "home" / ".cache")}
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | home
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=place, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert [path for path in (place / "home").rglob("*") if "onnxruntime" in path.name.lower() or path.name == "deviceid"] == []
+
+
 def test_interrupt_keeps_the_work(place):
     code = "from edgekit.cli.main import run; run()"
     arguments = ["optimize", "net.onnx", "--target", "host", "--data", "data.npz", "--effort", "max", "--out", "result"]
