@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 from fastapi.testclient import TestClient
 from fleet_world import T0, birth, event, reported, window, windows
@@ -78,4 +77,3 @@ def test_security_headers_are_set(client):
     answer = client.get("/api/v1/fleet")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["x-frame-options"] == "DENY"
-    assert isinstance(answer, httpx.Response)
