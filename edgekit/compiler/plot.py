@@ -17,6 +17,7 @@ from edgekit.compiler.markup import Markup, element
 
 Shape = Literal["star", "circle", "square", "triangle", "cross"]
 Interval = tuple[float, float] | None
+Box = tuple[float, float, float, float]
 CHARACTER_PX = 6.4
 """Width of a character of a 12 px label, on the wide side for system fonts."""
 BOLD_PX = 7.4
@@ -144,10 +145,11 @@ def scatter(points: Sequence[Point], x_axis: Axis, y_axis: Axis, *, width: int, 
     left, right, top, bottom = 52.0, width - 14.0, 34.0, height - 44.0
     x = Scale(*span(xs, limits=x_axis.limits, is_from_zero=True), left, right)
     y = Scale(*span(ys, limits=y_axis.limits), bottom, top)
-    parts = [*_grid(x, y, x_axis, y_axis), *_limits(x, y, x_axis, y_axis)]
+    limits, taken = _limits(x, y, x_axis, y_axis)
+    parts = [*_grid(x, y, x_axis, y_axis), *limits]
     parts += [_front(points, x, y, is_lower=y_axis.is_lower_better), *(_error_bars(point, x, y) for point in points)]
     parts += [_symbol(point, x, y) for point in sorted(points, key=lambda item: -item.rank)]
-    parts += _labels(points, x, y)
+    parts += _labels(points, x, y, taken)
     return draw(width, height, label, parts)
 
 
@@ -175,42 +177,42 @@ def _grid(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis) -> list[Markup]:
     return parts
 
 
-def _limits(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis) -> list[Markup]:
-    parts = []
-    for limit in x_axis.limits:
-        if x.low <= limit.value <= x.high:
-            at = x(limit.value)
-            start, end = (at, x.end) if limit.is_upper else (x.start, at)
-            parts.append(element("rect", x=start, y=y.end, width=end - start, height=y.start - y.end, class_="beyond"))
-            parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="limit"))
-            is_left = at > (x.start + x.end) / 2
-            parts.append(
-                element(
-                    "text",
-                    limit.label,
-                    x=at + (-6 if is_left else 6),
-                    y=y.end + 12,
-                    class_="limit-label",
-                    text_anchor="end" if is_left else "start",
-                )
-            )
-    for limit in y_axis.limits:
-        if y.low <= limit.value <= y.high:
-            at = y(limit.value)
-            start, end = (y.end, at) if limit.is_upper else (at, y.start)
-            parts.append(element("rect", x=x.start, y=start, width=x.end - x.start, height=end - start, class_="beyond"))
-            parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="limit"))
-            parts.append(
-                element(
-                    "text",
-                    limit.label,
-                    x=x.end - 4,
-                    y=at + (-6 if limit.is_upper else 15),
-                    class_="limit-label",
-                    text_anchor="end",
-                )
-            )
-    return parts
+def _limits(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis) -> tuple[list[Markup], list[Box]]:
+    """Shaded areas with their words, and the room that the words take."""
+    placed = [_x_limit(limit, x, y) for limit in x_axis.limits] + [_y_limit(limit, x, y) for limit in y_axis.limits]
+    return [mark for marks, _ in placed for mark in marks], [box for _, box in placed]
+
+
+def _x_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
+    """A limit of the horizontal axis; one that lies outside is named at the edge that it lies beyond."""
+    at = x(min(max(limit.value, x.low), x.high))
+    start, end = (at, x.end) if limit.is_upper else (x.start, at)
+    parts = [element("rect", x=start, y=y.end, width=end - start, height=y.start - y.end, class_="beyond")]
+    words = f"{limit.label} \u2192" if limit.value > x.high else f"\u2190 {limit.label}" if limit.value < x.low else limit.label
+    if x.low <= limit.value <= x.high:
+        parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="limit"))
+    is_left = at > (x.start + x.end) / 2
+    edge = at + (-6 if is_left else 6)
+    parts.append(element("text", words, x=edge, y=y.end + 12, class_="limit-label", text_anchor="end" if is_left else "start"))
+    return parts, _text_box(words, edge, y.end + 12, is_end=is_left)
+
+
+def _y_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
+    """The same for the vertical axis, whose pixels grow downwards."""
+    at = y(min(max(limit.value, y.low), y.high))
+    start, end = (y.end, at) if limit.is_upper else (at, y.start)
+    parts = [element("rect", x=x.start, y=start, width=x.end - x.start, height=end - start, class_="beyond")]
+    words = f"{limit.label} \u2191" if limit.value > y.high else f"{limit.label} \u2193" if limit.value < y.low else limit.label
+    if y.low <= limit.value <= y.high:
+        parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="limit"))
+    line = min(max(at + (-6 if limit.is_upper else 15), y.end + 28), y.start - 6)
+    parts.append(element("text", words, x=x.end - 4, y=line, class_="limit-label", text_anchor="end"))
+    return parts, _text_box(words, x.end - 4, line, is_end=True)
+
+
+def _text_box(words: str, x: float, y: float, *, is_end: bool) -> Box:
+    width = len(words) * CHARACTER_PX
+    return (x - width, y - 10, x, y + 3) if is_end else (x, y - 10, x + width, y + 3)
 
 
 def _front(points: Sequence[Point], x: Scale, y: Scale, *, is_lower: bool) -> Markup:
@@ -267,12 +269,9 @@ def shape(kind: Shape, x: float, y: float) -> Markup:
             assert_never(kind)
 
 
-Box = tuple[float, float, float, float]
-
-
-def _labels(points: Sequence[Point], x: Scale, y: Scale) -> list[Markup]:
+def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: list[Box]) -> list[Markup]:
     """Names beside the symbols, important ones first; those without room are left to the table and the tooltip."""
-    taken: list[Box] = [_around(x(point.x), y(point.y)) for point in points]
+    taken = [*taken, *(_around(x(point.x), y(point.y)) for point in points)]
     parts = []
     most = 2 if x.end < NARROW_PX or len(points) > CROWD else 9
     for point in sorted((item for item in points if item.rank <= most), key=lambda item: item.rank):

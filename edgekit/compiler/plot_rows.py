@@ -49,6 +49,7 @@ class _Frame:
     count: int
     name_px: float
     note_px: float
+    has_sign: bool
 
     @property
     def is_narrow(self) -> bool:
@@ -60,7 +61,7 @@ class _Frame:
 
     @property
     def left(self) -> float:
-        return 10.0 if self.is_narrow else self.name_px + 24
+        return 10.0 if self.is_narrow else self.name_px + (24 if self.has_sign else 14)
 
     @property
     def right(self) -> float:
@@ -83,17 +84,18 @@ class _Frame:
         at = self.middle(index) + (-14 if self.is_narrow else 4)
         room = int((self.width - 40 if self.is_narrow else self.name_px - 8) / CHARACTER_PX)
         shown = shorten(name, max(room - (len(note) if self.is_narrow else 0), 8))
-        start = 26 if self.is_narrow else self.name_px
+        start = (26 if self.has_sign else 2) if self.is_narrow else self.name_px
         return [
             element("text", shown, x=start, y=at, class_=f"name {kind}", text_anchor="start" if self.is_narrow else "end"),
             element("text", note, x=self.width - 8, y=at, class_=f"note {kind}", text_anchor="end"),
         ]
 
 
-def _frame(width: int, names: Sequence[str], notes: Sequence[str]) -> _Frame:
+def _frame(width: int, names: Sequence[str], notes: Sequence[str], *, has_sign: bool) -> _Frame:
     longest = max((len(name) for name in names), default=0)
     note = max((len(note) for note in notes), default=0)
-    return _Frame(width, len(names), min(longest * CHARACTER_PX + 12, width * 0.3), note * CHARACTER_PX + 6)
+    name_px = min(longest * CHARACTER_PX + 12, width * 0.3)
+    return _Frame(width, len(names), name_px, note * CHARACTER_PX + 6, has_sign)
 
 
 def _axis(frame: _Frame, scale: Scale, title: str, format_tick: Format) -> list[Markup]:
@@ -109,23 +111,45 @@ def _axis(frame: _Frame, scale: Scale, title: str, format_tick: Format) -> list[
 
 
 def bars(
-    rows: Sequence[Bar], *, title: str, format_tick: Format, limits: Sequence[Limit] = (), width: int, label: str
+    rows: Sequence[Bar],
+    *,
+    title: str,
+    format_tick: Format,
+    limits: Sequence[Limit] = (),
+    band: tuple[float, float] | None = None,
+    width: int,
+    label: str,
 ) -> Markup:
-    """Solid to p50, lighter to p90, a whisker to p99; from zero, since lengths are compared."""
-    frame = _frame(width, [row.name for row in rows], [row.note for row in rows])
+    """Solid to p50, lighter to p90, a whisker to p99; from zero, since lengths are compared.
+
+    Args:
+        rows: in the order of drawing.
+        title: of the axis.
+        format_tick: from a tick's value and the step to its words.
+        limits: upper limits; one beyond the axis is named at its end.
+        band: values inside are as good as equal: the noise floor around the baseline.
+        width: in CSS pixels.
+        label: the picture in words.
+    """
+    frame = _frame(width, [row.name for row in rows], [row.note for row in rows], has_sign=True)
     longest = max((row.p90 for row in rows), default=1.0) or 1.0
     high = min(max((row.p99 for row in rows), default=1.0), CLIP * longest)
     scale = Scale(0.0, span([0.0, high], limits=limits)[1], frame.left, frame.right)
     parts = _axis(frame, scale, title, format_tick)
+    if band is not None:
+        start, end = scale(max(band[0], 0.0)), scale(min(band[1], scale.high))
+        parts.append(element("rect", x=start, y=22, width=max(end - start, 1.5), height=frame.bottom - 22, class_="band"))
     for index, row in enumerate(rows):
         parts += frame.texts(index, row.name, row.note, row.kind)
         parts.append(_bar(row, scale, frame.middle(index), frame.sign(index)))
     for limit in limits:
-        if limit.value <= scale.high:
-            at = scale(limit.value)
+        is_beyond = limit.value > scale.high
+        at = scale(min(limit.value, scale.high))
+        if not is_beyond:
             parts.append(element("line", x1=at, x2=at, y1=16, y2=frame.bottom, class_="limit"))
-            anchor = "end" if at > (scale.start + scale.end) / 2 else "start"
-            parts.append(element("text", limit.label, x=at, y=12, class_="limit-label", text_anchor=anchor))
+        words = f"{limit.label} \u2192" if is_beyond else limit.label
+        anchor = "end" if at > (scale.start + scale.end) / 2 else "start"
+        parts.append(element("text", words, x=at, y=12, class_="limit-label", text_anchor=anchor))
     return draw(width, frame.bottom + 44, label, parts)
 
 
@@ -147,7 +171,7 @@ def _bar(row: Bar, scale: Scale, y: float, sign: tuple[float, float]) -> Markup:
 
 def dumbbell(rows: Sequence[Pair], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """A hollow ring for before, a filled symbol for after (triangle down: worse, up: better), a line between."""
-    frame = _frame(width, [row.name for row in rows], [row.note for row in rows])
+    frame = _frame(width, [row.name for row in rows], [row.note for row in rows], has_sign=False)
     low, high = span([value for row in rows for value in (row.before, row.after)])
     scale = Scale(low, high, frame.left, frame.right)
     parts = _axis(frame, scale, title, format_tick)

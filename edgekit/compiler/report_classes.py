@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edgekit.compiler.markup import Markup, element
@@ -41,7 +42,7 @@ def classes(result: OptimizeResult) -> Markup | None:
         ),
         class_="legend",
     )
-    title, label = "right answers in the class, %", f"Accuracy by class. {caption}"
+    title, label = "right answers in the class, %", f"Accuracy by class, {len(drawn)} classes; the table follows."
 
     def draw(_name: str, width: int) -> Markup:
         return dumbbell(pairs, title=title, format_tick=tick, width=width, label=label)
@@ -69,7 +70,9 @@ def class_changes(result: OptimizeResult) -> list[tuple[str, float, float]]:
         return []
     names = class_names(result)
     rows = [
-        (names.get(key, f"class {key}" if key.isdigit() else key), before[key], after[key]) for key in before if key in after
+        (names.get(key, f"class {key}" if key.isdigit() else key), before[key], after[key])
+        for key in before
+        if key in after and math.isfinite(before[key]) and math.isfinite(after[key])
     ]
     return sorted(rows, key=lambda row: row[2] - row[1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgekit.compiler.markup import Markup, element, join
 from edgekit.compiler.report_figures import is_on_target
 from edgekit.compiler.report_table import Cell, table
-from edgekit.compiler.report_words import NBSP, NONE, milliseconds, significant, size
+from edgekit.compiler.report_words import NBSP, NONE, milliseconds, significant, size, typeset
 from edgekit.compiler.result import DataDescription, OptimizeResult
 from edgekit.schema.base import Scalar
 from edgekit.schema.candidate import PassStep
@@ -39,7 +39,7 @@ def _step(step: PassStep) -> Markup:
         element("h3", step.name, " ", took),
         element("ul", *settings, class_="settings") if settings else None,
         element("p", "gives ", digest(step.output), f", made with {versions}" if versions else None, class_="quiet"),
-        *(element("p", note) for note in step.notes),
+        *(element("p", typeset(note)) for note in step.notes),
     )
 
 
@@ -157,7 +157,7 @@ def notes(result: OptimizeResult) -> Markup:
     failed = [item.name for item in result.candidates if item.verdict.status == "failed"]
     if failed:
         items.append(f"{len(failed)} of {len(result.candidates)} candidates could not be made or run; the table says why.")
-    return element("ul", *(element("li", item) for item in items), class_="notes")
+    return element("ul", *(element("li", typeset(item)) for item in items), class_="notes")
 
 
 def _place(result: OptimizeResult) -> str:

@@ -5,16 +5,18 @@ Each figure is drawn for three widths; the style sheet shows the one that fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from edgekit.compiler.gate import LATENCY_TIE
 from edgekit.compiler.markup import Markup, element
-from edgekit.compiler.plot import Axis, Limit, Point, Shape, find_front, scatter, shape
+from edgekit.compiler.plot import Axis, Interval, Limit, Point, Shape, find_front, scatter, shape
 from edgekit.compiler.plot_rows import Bar, bars
 from edgekit.compiler.report_words import (
     NBSP,
     SHARES,
     TIMES,
+    change_interval,
     change_words,
     is_tie,
     metric_title,
@@ -26,6 +28,7 @@ from edgekit.compiler.report_words import (
 )
 from edgekit.compiler.result import OptimizeResult
 from edgekit.schema.candidate import Candidate
+from edgekit.schema.measurement import EvalReport, LatencyReport
 
 WIDTHS = {"wide": 1000, "middle": 600, "narrow": 340}
 TINY_STEP = 1e-6
@@ -55,9 +58,9 @@ def figure(draw: Callable[[str, int], Markup], caption: str, legend: Markup | No
 
 
 def trade_off(result: OptimizeResult, quantity: str) -> Markup | None:
-    """Quality against ``latency_ms`` or ``size_mb``; None where fewer than one candidate has both."""
+    """Quality against ``latency_ms`` or ``size_mb``; None where no candidate has both."""
     is_latency = quantity == "latency_ms"
-    drawn = [item for item in result.candidates if item.evaluation and (item.latency if is_latency else item.artifact)]
+    drawn = [item for item in result.candidates if _is_drawable(item, is_latency=is_latency)]
     reports = [item.evaluation for item in drawn if item.evaluation]
     if not reports:
         return None
@@ -71,38 +74,44 @@ def trade_off(result: OptimizeResult, quantity: str) -> Markup | None:
         _point(item, result, place, is_latency=is_latency, is_on_front=index in front)
         for index, (item, place) in enumerate(zip(drawn, places, strict=True))
     ]
-    limits = _limits(result, quantity, scale)
-    x_axis = Axis(
-        title=f"latency, median, {unit} (faster is left)" if is_latency else f"size of the file, {unit} (smaller is left)",
-        format_tick=tick,
-        is_lower_better=True,
-        limits=limits,
-    )
-    y_axis = Axis(
-        title=metric_title(metric) + (", %" if metric in SHARES else ""),
-        format_tick=tick,
-        is_lower_better=is_lower,
-        limits=_quality_limits(result),
-    )
-    caption = _front_caption([item.name for index, item in enumerate(drawn) if index in front], result, is_latency=is_latency)
-    label = f"{metric_title(metric)} against {'latency' if is_latency else 'size'} of {len(drawn)} candidates. {caption}"
+    x_title = f"latency, median, {unit} (faster is left)" if is_latency else f"size of the file, {unit} (smaller is left)"
+    x_axis = Axis(title=x_title, format_tick=tick, is_lower_better=True, limits=_limits(result, quantity, scale))
+    y_title = metric_title(metric) + (", %" if metric in SHARES else "")
+    y_axis = Axis(title=y_title, format_tick=tick, is_lower_better=is_lower, limits=_quality_limits(result))
+    on_front = sorted(front, key=lambda index: places[index])
+    caption = _front_caption([drawn[index].name for index in on_front], drawn, result, is_latency=is_latency)
+    label = f"{metric_title(metric)} against {'latency' if is_latency else 'size'}, {len(drawn)} candidates; table: Candidates."
 
     def draw(name: str, width: int) -> Markup:
         return scatter(points, x_axis, y_axis, width=width, height=340 if name == "narrow" else 430, label=label)
 
-    return figure(draw, caption, _legend(drawn, result))
+    return figure(draw, caption, _legend(drawn, points, result))
 
 
-def _front_caption(names: Sequence[str], result: OptimizeResult, *, is_latency: bool) -> str:
+def _is_drawable(item: Candidate, *, is_latency: bool) -> bool:
+    """Whether a candidate has both figures, as numbers that fit on paper."""
+    cost = item.latency.p50_ms if is_latency and item.latency else 0.0
+    has_cost = item.latency is not None if is_latency else item.artifact is not None
+    return has_cost and item.evaluation is not None and math.isfinite(cost) and math.isfinite(item.evaluation.value)
+
+
+def _front_caption(names: Sequence[str], drawn: Sequence[Candidate], result: OptimizeResult, *, is_latency: bool) -> str:
     """Who is on the front, and what the chosen one has to do with it."""
     shown = f"On the Pareto front of these two figures: {listing(names)}"
     parts = [f"{shown}; nothing else is better in one without being worse in the other."]
     if result.chosen.name not in names:
         parts.append(f"{result.chosen.name} is not on this front: the verdict weighs all figures, the budget and the noise.")
-    parts.append(f"Thin bars are 95{NBSP}% intervals.")
+    parts += [f"Thin bars are 95{NBSP}% intervals.", *_left_out(drawn, result)]
     if is_latency and not is_on_target(result):
         parts.append(f"Times are this host's, not those of {result.target.name}.")
     return " ".join(parts)
+
+
+def _left_out(drawn: Sequence[Candidate], result: OptimizeResult) -> list[str]:
+    """Who is not in a picture, so that nobody takes it for all."""
+    names = {item.name for item in drawn}
+    missing = [item.name for item in result.candidates if item.name not in names]
+    return [f"Not drawn, since a figure is missing: {listing(missing)}."] if missing else []
 
 
 def _unit(drawn: Sequence[Candidate], *, is_latency: bool) -> tuple[float, str]:
@@ -128,26 +137,34 @@ def _point(
     report = item.evaluation
     assert report is not None
     kind, class_ = look(item, result)
-    interval = None
-    if report.drop_low is not None and report.drop_high is not None and report.drop_low < report.drop_high:
-        sign = -1 if report.is_higher_better else 1
-        ends = sorted(_y(report.metric, report.baseline + sign * drop) for drop in (report.drop_low, report.drop_high))
-        interval = (ends[0], ends[1])
+    timing = item.latency if is_latency else None
     cost = milliseconds(item.latency.p50_ms) if is_latency and item.latency else size(_x(item, is_latency=False))
     shown = f"{quality(report.metric, report.value)} ({change_words(report)})"
     return Point(
-        name=item.name, x=place[0], y=place[1], shape=kind, kind=class_, y_interval=interval, is_on_front=is_on_front,
-        x_interval=(item.latency.p50_low_ms, item.latency.p50_high_ms) if is_latency and item.latency else None,
+        name=item.name, x=place[0], y=place[1], shape=kind, kind=class_, is_on_front=is_on_front,
+        x_interval=_finite(timing.p50_low_ms, timing.p50_high_ms) if timing else None, y_interval=_quality_interval(report),
         title=f"{item.name}: {shown}, {cost}; {STATUS_WORDS[item.verdict.status]}",
         rank={"chosen": 0, "baseline": 1}.get(class_, 2 if is_on_front else 3),
     )  # fmt: skip
+
+
+def _quality_interval(report: EvalReport) -> Interval:
+    """The interval of the change, around the baseline's value."""
+    interval = change_interval(report)
+    if interval is None or interval[0] >= interval[1]:
+        return None
+    return _finite(*(_y(report.metric, report.baseline + end) for end in interval))
+
+
+def _finite(low: float, high: float) -> Interval:
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def _limits(result: OptimizeResult, quantity: str, scale: float) -> tuple[Limit, ...]:
     """Upper limits of the budget on a quantity, the hardware's own among them."""
     names = {"latency_ms": ("latency_ms",), "size_mb": ("size_mb", "flash_mb")}[quantity]
     factor = 1.0 if quantity == "latency_ms" else BYTES_PER_MB / scale
-    checks = [check for check in result.chosen.verdict.checks if check.name in names]
+    checks = [check for check in result.chosen.verdict.checks if check.name in names and math.isfinite(check.limit)]
     return tuple(
         Limit(value=check.limit * factor, is_upper=True, label=f"{check.name} \u2264 {check.limit:g}") for check in checks
     )
@@ -179,7 +196,7 @@ def _quality_limits(result: OptimizeResult) -> tuple[Limit, ...]:
                     label=f"{check.name} {sign} {check.limit:g}",
                 )
             )
-    return tuple(limits)
+    return tuple(limit for limit in limits if math.isfinite(limit.value))
 
 
 def tick(value: float, step: float) -> str:
@@ -202,59 +219,67 @@ def listing(names: Sequence[str], most: int = 6) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _legend(drawn: Sequence[Candidate], result: OptimizeResult) -> Markup:
-    """The key: only the symbols that occur."""
+def _legend(drawn: Sequence[Candidate], points: Sequence[Point], result: OptimizeResult) -> Markup:
+    """The key: only what occurs."""
     words = {"star": "chosen", "square": "baseline", "circle": "meets the budget", "triangle": "misses the budget"}
-    seen = {look(item, result) for item in drawn}
-    entries = [
-        element("li", icon(kind, class_), words[kind])
-        for kind, class_ in sorted(seen, key=lambda entry: list(words).index(entry[0]))
-    ]
-    return element(
-        "ul",
-        *entries,
-        element("li", element("span", class_="front-key"), "Pareto front"),
-        element("li", element("span", class_="muted-key"), "pale: dominated"),
-        class_="legend",
-    )
+    seen = sorted({look(item, result) for item in drawn}, key=lambda entry: list(words).index(entry[0]))
+    entries = [element("li", icon(kind, class_), words[kind]) for kind, class_ in seen]
+    entries.append(key("front-key", "Pareto front"))
+    if any(not point.is_on_front and point.rank for point in points):
+        entries.append(key("muted-key", "pale: dominated"))
+    return element("ul", *entries, class_="legend")
+
+
+def key(class_: str, words: str) -> Markup:
+    """An entry of a legend whose sign is drawn by the style sheet."""
+    return element("li", element("span", class_=class_), words)
 
 
 def latency(result: OptimizeResult) -> Markup | None:
-    """Latency of every candidate that was timed."""
-    timed = [(item, item.latency) for item in result.candidates if item.latency]
+    """Latency of every candidate that was timed, the fastest first, with the noise floor around the baseline's median."""
+    timed = [(item, item.latency) for item in result.candidates if item.latency and _is_timed(item.latency)]
     if not timed:
         return None
-    rows = []
-    for item, report in timed:
-        kind, class_ = look(item, result)
-        note = significant(report.p50_ms) + (
-            "" if report.ratio is None else f" ({'tie' if is_tie(report) else f'{report.ratio:.2f}{TIMES}'})"
-        )
-        tail = f"p90 {milliseconds(report.p90_ms)}, p99 {milliseconds(report.p99_ms)}"
-        title = f"{item.name}: p50 {milliseconds(report.p50_ms)}, {tail}; {speed(report)}"
-        rows.append(
-            Bar(
-                name=item.name,
-                p50=report.p50_ms,
-                p90=report.p90_ms,
-                p99=report.p99_ms,
-                shape=kind,
-                kind=class_,
-                note=note,
-                title=title,
-            )
-        )
-    noise = max(report.noise for _, report in timed)
-    place = "on the target's own hardware" if is_on_target(result) else f"on this host, not on {result.target.name}"
-    caption = (
-        f"Solid bar: median (p50), pale bar: p90, whisker: p99; measured {place}, one sample a run, all candidates in turn. "
-        f"At the right the median and its ratio to the baseline's. Noise floor of this run (the baseline against itself): "
-        f"{noise * 100:.1f}{NBSP}%; nearer than that or than {LATENCY_TIE * 100:g}{NBSP}% is a tie."
-    )
+    timed.sort(key=lambda entry: entry[1].p50_ms)
+    rows = [_bar(item, report, result) for item, report in timed]
+    tie = max(LATENCY_TIE, *(report.noise for _, report in timed))
+    middle = next((report.p50_ms for item, report in timed if item.name == result.baseline.name), None)
+    band = None if middle is None else (middle * (1 - tie), middle * (1 + tie))
     limits = _limits(result, "latency_ms", 1.0)
-    label = f"Latency of {len(rows)} candidates. {caption}"
+    caption = _latency_caption([item for item, _ in timed], max(report.noise for _, report in timed), result)
+    label = f"Latency of {len(rows)} candidates; table: Candidates."
+    entries = [key("p50-key", "median (p50)"), key("p90-key", "p90"), key("p99-key", "p99")]
+    if band is not None:
+        entries.append(key("band-key", f"within {tie * 100:.2g}{NBSP}% of {result.baseline.name}: a tie"))
 
     def draw(_name: str, width: int) -> Markup:
-        return bars(rows, title="ms", format_tick=tick, limits=limits, width=width, label=label)
+        return bars(rows, title="latency, ms", format_tick=tick, limits=limits, band=band, width=width, label=label)
 
-    return figure(draw, caption)
+    return figure(draw, caption, element("ul", *entries, class_="legend"))
+
+
+def _is_timed(report: LatencyReport) -> bool:
+    return all(math.isfinite(value) for value in (report.p50_ms, report.p90_ms, report.p99_ms, report.noise))
+
+
+def _bar(item: Candidate, report: LatencyReport, result: OptimizeResult) -> Bar:
+    kind, class_ = look(item, result)
+    against = "" if report.ratio is None else f" ({'tie' if is_tie(report) else f'{report.ratio:.2f}{TIMES}'})"
+    tail = f"p90 {milliseconds(report.p90_ms)}, p99 {milliseconds(report.p99_ms)}"
+    return Bar(
+        name=item.name, p50=report.p50_ms, p90=report.p90_ms, p99=report.p99_ms, shape=kind, kind=class_,
+        note=significant(report.p50_ms) + against,
+        title=f"{item.name}: p50 {milliseconds(report.p50_ms)}, {tail}; {speed(report)}",
+    )  # fmt: skip
+
+
+def _latency_caption(drawn: Sequence[Candidate], noise: float, result: OptimizeResult) -> str:
+    place = "on the target's own hardware" if is_on_target(result) else f"on this host, not on {result.target.name}"
+    parts = [
+        f"Measured {place}, one sample a run, all candidates in turn; fastest first.",
+        f"At the right the median and the time it takes against {result.baseline.name}.",
+        f"Noise floor of this run ({result.baseline.name} against itself): {noise * 100:.1f}{NBSP}%;",
+        f"nearer than that or than {LATENCY_TIE * 100:g}{NBSP}% is a tie.",
+        *_left_out(drawn, result),
+    ]
+    return " ".join(parts)

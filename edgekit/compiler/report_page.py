@@ -16,8 +16,10 @@ from edgekit.compiler.report_details import data_sets, lineage, machine, notes, 
 from edgekit.compiler.report_figures import icon, is_on_target, latency, look, trade_off
 from edgekit.compiler.report_table import budget_table, candidate_table
 from edgekit.compiler.report_words import (
-    change_words,
+    change,
+    difference,
     headline,
+    interval_words,
     metric_title,
     milliseconds,
     quality,
@@ -25,6 +27,7 @@ from edgekit.compiler.report_words import (
     smaller,
     speed,
     speed_interval,
+    typeset,
 )
 from edgekit.compiler.result import OptimizeResult
 
@@ -49,31 +52,37 @@ def render_page(result: OptimizeResult) -> str:
 def policy(style: str) -> str:
     """Allows this style sheet and nothing else."""
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    return f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
 def _sections(result: OptimizeResult) -> list[Markup]:
     by_latency, by_size = trade_off(result, "latency_ms"), trade_off(result, "size_mb")
     sections = [
         _opening(result),
-        section("Accuracy against latency" if _is_accuracy(result) else "Quality against latency", by_latency),
-        section("Accuracy against size" if _is_accuracy(result) else "Quality against size", by_size),
-        section("Latency", latency(result)),
-        section("Candidates", candidate_table(result)),
-        section("By class", classes(result), class_table(result)),
-        section("Where the time goes", operators(result)),
-        section(f"How {result.chosen.name} was made", lineage(result)),
-        section("Data", data_sets(result)),
-        section("Machine", machine(result)),
-        section("What to know about these figures", notes(result)),
+        section(
+            "accuracy-latency", "Accuracy against latency" if _is_accuracy(result) else "Quality against latency", by_latency
+        ),
+        section("accuracy-size", "Accuracy against size" if _is_accuracy(result) else "Quality against size", by_size),
+        section("latency", "Latency", latency(result)),
+        section("candidates", "Candidates", candidate_table(result)),
+        section("classes", "By class", classes(result), class_table(result)),
+        section("operators", "Where the time goes", operators(result)),
+        section("lineage", f"How {result.chosen.name} was made", lineage(result)),
+        section("data", "Data", data_sets(result)),
+        section("machine", "Machine", machine(result)),
+        section("notes", "What to know about these figures", notes(result)),
     ]
     return [part for part in sections if part is not None]
 
 
-def section(title: str, *parts: Child) -> Markup | None:
-    """A section with its heading; None where there is nothing to show."""
+def section(anchor: str, title: str, *parts: Child) -> Markup | None:
+    """A section with its heading, at ``#anchor``; None where there is nothing to show."""
     shown = [part for part in parts if part]
-    return element("section", element("h2", title), *shown) if shown else None
+    return (
+        element("section", element("h2", title, id=f"{anchor}-title"), *shown, id=anchor, aria_labelledby=f"{anchor}-title")
+        if shown
+        else None
+    )
 
 
 def _is_accuracy(result: OptimizeResult) -> bool:
@@ -102,7 +111,7 @@ def _opening(result: OptimizeResult) -> Markup:
 
 def _lede(verdict: str) -> str:
     """The gate's sentence; the badge beside it says already whether the budget is met."""
-    return verdict.removeprefix("Budget met: ").removeprefix("Budget not met: ")
+    return typeset(verdict.removeprefix("Budget met: ").removeprefix("Budget not met: "))
 
 
 def _key_figures(result: OptimizeResult) -> Markup:
@@ -111,11 +120,14 @@ def _key_figures(result: OptimizeResult) -> Markup:
     if chosen.evaluation is not None:
         report = chosen.evaluation
         before = f"{baseline.name}: {quality(report.metric, report.baseline)}"
-        cards.append(_card(metric_title(report.metric), quality(report.metric, report.value), change_words(report), before))
+        words = "the baseline" if chosen.name == baseline.name else difference(report.metric, change(report))
+        cards.append(
+            _card(metric_title(report.metric), quality(report.metric, report.value), words, interval_words(report), before)
+        )
     if chosen.latency is not None:
         before = f"{baseline.name}: {milliseconds(baseline.latency.p50_ms)}" if baseline.latency else ""
-        words = ", ".join(part for part in (speed(chosen.latency), speed_interval(chosen.latency)) if part)
-        cards.append(_card("latency, median", milliseconds(chosen.latency.p50_ms), words, before))
+        words, interval = speed(chosen.latency), speed_interval(chosen.latency)
+        cards.append(_card("latency, median", milliseconds(chosen.latency.p50_ms), words, interval, before))
     if chosen.artifact is not None:
         before = f"{baseline.name}: {size(baseline.artifact.size_bytes)}" if baseline.artifact else ""
         words = "the baseline" if chosen.name == baseline.name else smaller(chosen, baseline)
@@ -123,10 +135,10 @@ def _key_figures(result: OptimizeResult) -> Markup:
     return element("div", *cards, class_="cards")
 
 
-def _card(title: str, value: str, words: str, before: str) -> Markup:
+def _card(title: str, value: str, words: str, *more: str) -> Markup:
     return element(
         "div", element("p", title, class_="card-title"), element("p", value, class_="card-value"),
-        element("p", words), element("p", before, class_="quiet"), class_="card",
+        element("p", words), *(element("p", line, class_="quiet") for line in more if line), class_="card",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edgekit.compiler.markup import Child, Markup, element
@@ -18,6 +19,7 @@ from edgekit.compiler.report_words import (
     quality,
     significant,
     size,
+    typeset,
 )
 from edgekit.compiler.result import OptimizeResult
 from edgekit.schema.candidate import BudgetCheck, Candidate
@@ -26,30 +28,51 @@ from edgekit.schema.measurement import EvalReport, LatencyReport
 Cell = tuple[Child, str | None]
 
 
-def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]], *, label: str) -> Markup:
-    """A table in its own scrolling box; the first cell of a row is its heading. Cells are (content, class)."""
+def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]], *, label: str, class_: str = "") -> Markup:
+    """A table in its own scrolling box; the first cell of a row is its heading. Cells are (content, class).
+
+    Args:
+        head: one cell a column.
+        rows: class of the row, and one cell a column.
+        label: what the table is, for those who cannot see it.
+        class_: ``as-cards`` where every row becomes a card on a phone, its cells named by their column.
+    """
+    names = [content if isinstance(content, str) else None for content, _ in head]
     top = element("tr", *(element("th", content, class_=class_, scope="col") for content, class_ in head))
     body = [
         element(
             "tr",
             *(
-                element("th", content, class_=kind, scope="row") if index == 0 else element("td", content, class_=kind)
+                element("th", content, class_=kind, scope="row", role="rowheader")
+                if index == 0
+                else element("td", content, class_=kind, data_label=names[index], role="cell")
                 for index, (content, kind) in enumerate(cells)
             ),
-            class_=class_ or None,
+            class_=row_class or None,
+            role="row",
         )
-        for class_, cells in rows
+        for row_class, cells in rows
     ]
-    inner = element("table", element("thead", top), element("tbody", *body))
-    return element("div", inner, class_="scroll", tabindex="0", role="region", aria_label=label)
+    inner = element("table", element("thead", top), element("tbody", *body, role="rowgroup"), role="table")
+    return element("div", inner, class_=f"scroll {class_}".strip(), tabindex="0", role="region", aria_label=label)
 
 
 def candidate_table(result: OptimizeResult) -> Markup:
-    """Every candidate with what it measured, its verdict and the reason."""
-    figures = (metric_title(result.request.metric), "change", "median, ms", f"against {result.baseline.name}", "size")
+    """Every candidate with what it measured, its verdict and the reason: the chosen one, the baseline, then by verdict."""
+    figures = (metric_title(result.request.metric), "change", "median, ms", f"time against {result.baseline.name}", "size")
     head: list[Cell] = [("candidate", None), ("verdict", None), *((title, "number") for title in figures)]
-    rows = [(_row_class(item), _candidate_cells(item, result)) for item in result.candidates]
-    return table(head, rows, label="All candidates")
+    rows = [
+        (_row_class(item), _candidate_cells(item, result))
+        for item in sorted(result.candidates, key=lambda item: _order(item, result))
+    ]
+    return table(head, rows, label="All candidates", class_="as-cards")
+
+
+def _order(item: Candidate, result: OptimizeResult) -> tuple[bool, bool, int, float]:
+    """The chosen one, the baseline, those that meet the budget, that miss it, that failed; the faster first."""
+    time = item.latency.p50_ms if item.latency else math.inf
+    order = list(STATUS_WORDS).index(item.verdict.status)
+    return item.name != result.chosen.name, item.name != result.baseline.name, order, time
 
 
 def _row_class(item: Candidate) -> str:
@@ -63,7 +86,10 @@ def _candidate_cells(item: Candidate, result: OptimizeResult) -> list[Cell]:
     name = element("span", icon(shape, kind), item.name, class_="with-icon")
     return [
         (name, None),
-        (element("span", element("b", words), element("small", reason)), f"verdict {item.verdict.status}"),
+        (
+            element("span", element("b", words), element("small", typeset(reason)) if reason else None),
+            f"verdict {item.verdict.status}",
+        ),
         *_quality_cells(item.evaluation),
         *_latency_cells(item.latency),
         (size(item.artifact.size_bytes) if item.artifact else NONE, "number"),

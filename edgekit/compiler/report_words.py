@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from edgekit.compiler.gate import LATENCY_TIE
 from edgekit.compiler.result import OptimizeResult
@@ -17,6 +18,9 @@ NBSP = "\u00a0"
 MINUS = "\u2212"
 TIMES = "\u00d7"
 NONE = "\u2014"
+INFINITE = "\u221e"
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|ms|kB|MB|GB|dB|points)(?!\w))")
+_FACTOR = re.compile(r"(?<![\w.-])(\d+(?:\.\d+)?)x(?= (?:as|faster|slower|smaller|larger|the time)\b)")
 METRICS = {
     "top1": "top-1 accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -33,8 +37,10 @@ SMALL_POWER, LARGE_POWER = 6, 9
 
 def significant(value: float, digits: int = 3) -> str:
     """A number with so many significant digits, as people write it: very small and large ones as a power of ten."""
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or math.isnan(value):
         return "0" if value == 0 else NONE
+    if math.isinf(value):
+        return INFINITE if value > 0 else MINUS + INFINITE
     power = math.floor(math.log10(abs(value)))
     if -SMALL_POWER <= power <= LARGE_POWER:
         return f"{value:,.{max(digits - 1 - power, 0)}f}".replace("-", MINUS)
@@ -66,6 +72,15 @@ def times(value: float) -> str:
     return f"{significant(value)}{TIMES}"
 
 
+def typeset(sentence: str) -> str:
+    """A sentence of the gate or of a pass, with the page's signs: numbers stay with their units, factors have their sign.
+
+    >>> typeset("1.68x faster (95 % interval 1.67 to 1.68)").replace(NBSP, "~").replace(TIMES, "*")
+    '1.68* faster (95~% interval 1.67 to 1.68)'
+    """
+    return _FACTOR.sub(rf"\1{TIMES}", _BEFORE_UNIT.sub(NBSP, sentence))
+
+
 def metric_title(metric: str) -> str:
     """What a metric is called in a sentence."""
     return METRICS.get(metric, metric)
@@ -73,6 +88,8 @@ def metric_title(metric: str) -> str:
 
 def quality(metric: str, value: float) -> str:
     """A metric's value in its unit."""
+    if not math.isfinite(value):
+        return significant(value)
     if metric in SHARES:
         return f"{value * 100:.2f}{NBSP}%"
     return f"{significant(value, 4)}{NBSP}dB" if metric == "sqnr_db" else significant(value, 4)
@@ -80,6 +97,8 @@ def quality(metric: str, value: float) -> str:
 
 def difference(metric: str, value: float, *, is_bare: bool = False) -> str:
     """A signed difference of two values; shares differ by percentage points."""
+    if not math.isfinite(value):
+        return significant(value)
     sign = "+" if value > 0 else MINUS if value < 0 else "\u00b1"
     if metric in SHARES:
         return f"{sign}{abs(value) * 100:.2f}" + ("" if is_bare else f"{NBSP}points")
@@ -99,14 +118,19 @@ def change_interval(report: EvalReport) -> tuple[float, float] | None:
     return (-report.drop_high, -report.drop_low) if report.is_higher_better else (report.drop_low, report.drop_high)
 
 
+def interval_words(report: EvalReport) -> str:
+    """The interval of the change; empty where there is none, or no width."""
+    interval = change_interval(report)
+    if interval is None or interval[0] == interval[1]:
+        return ""
+    low, high = (difference(report.metric, value, is_bare=True) for value in interval)
+    return f"95{NBSP}% interval {low} to {high}"
+
+
 def change_words(report: EvalReport) -> str:
     """The change with its interval."""
-    interval = change_interval(report)
-    shown = difference(report.metric, change(report))
-    if interval is None or interval[0] == interval[1]:
-        return shown
-    low, high = (difference(report.metric, value, is_bare=True) for value in interval)
-    return f"{shown} (95{NBSP}% interval {low} to {high})"
+    shown, interval = difference(report.metric, change(report)), interval_words(report)
+    return f"{shown} ({interval})" if interval else shown
 
 
 def is_tie(report: LatencyReport) -> bool:
@@ -129,6 +153,8 @@ def speed(report: LatencyReport) -> str:
         return "the baseline"
     if is_tie(report):
         return "as fast, within the noise"
+    if report.ratio <= 0:
+        return f"{INFINITE}{TIMES} faster"
     return f"{times(1 / report.ratio)} faster" if report.ratio < 1 else f"{times(report.ratio)} slower"
 
 

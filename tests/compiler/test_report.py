@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.compiler.markup import element
-from edgekit.compiler.plot import find_front, nice_ticks, shorten, span
+from edgekit.compiler.plot import CHARACTER_PX, Axis, Limit, Point, find_front, nice_ticks, scatter, shorten, span
 from edgekit.compiler.report import write_report
 from edgekit.compiler.report_page import render_page
-from edgekit.compiler.report_words import change_words, headline, is_tie, significant, speed
+from edgekit.compiler.report_words import change_words, headline, is_tie, significant, speed, typeset
 from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
 from edgekit.schema.artifact import ModelArtifact
 from edgekit.schema.base import decode_json
@@ -37,6 +37,7 @@ TARGET = TargetProfile(
     name="board", title="Board", arch="aarch64", cpu="a76", isa=("dotprod",), cores=4, ram_mb=4e3, runtime="onnxruntime",
     int8=Int8Rules(), channel_multiple=8, sources={},
 )  # fmt: skip
+INF, NAN = float("inf"), float("nan")
 VOID = {"meta", "br", "hr", "col"}
 
 
@@ -140,6 +141,13 @@ EXTREMES = {
     "zero latency": outcome(base(latency=timing(0.0, None)), good(latency=timing(0.0, 0.5))),
     "far outlier": outcome(base(), good(latency=timing(p99_ms=900.0))),
     "lower is better": outcome(base(), good(evaluation=evaluation(metric="mse", is_higher_better=False, value=0.902))),
+    "infinite value": outcome(base(), good(evaluation=evaluation(value=INF, baseline=INF))),
+    "infinite latency": outcome(base(), good(latency=timing(p50_ms=INF, p90_ms=INF, p99_ms=INF, ratio=INF))),
+    "unknown latency": outcome(base(), good(latency=timing(p50=NAN))),
+    "infinite interval": outcome(base(), good(evaluation=evaluation(0.1, -INF, INF))),
+    "ratio of nothing": outcome(base(), good(latency=timing(ratio=0.0))),
+    "unknown class": outcome(base(), good(evaluation=evaluation(per_class={"0": NAN, "1": 0.5}))),
+    "baseline failed": outcome(candidate("fp32", "failed", None), is_budget_met=False),
     "infinite sqnr": outcome(base(), good(evaluation=evaluation(extra={"sqnr_db": float("inf")}))),
 }
 
@@ -154,6 +162,97 @@ def test_page_of_extreme_runs(name):
         assert f"reason of {item.name}" in page.text
     assert not re.search(r'="[^"]*\b(nan|inf)\b', html)
     assert page.count("figure") == page.count("figcaption")
+
+
+def test_ids_are_unique_and_references_resolve():
+    page = Page(render_page(EXTREMES["forty"]))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"candidates", "latency", "lineage", "data", "notes"} <= set(ids)
+    assert {a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a} <= set(ids)
+
+
+def cells_of(html: str, name: str) -> dict[str, str]:
+    """The cells of a candidate's row in the table of candidates, by their column."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", html.split('id="candidates"')[1].split("</section>", maxsplit=1)[0], re.DOTALL)
+    row = next(row for row in rows if f"</svg>{name}</span>" in row)
+    cells = re.findall(r'<td[^>]*data-label="([^"]*)"[^>]*>(.*?)</td>', row, re.DOTALL)
+    return {label: " ".join(Page(content).text.split()) for label, content in cells}
+
+
+def test_table_shows_the_figures_of_the_records():
+    report = evaluation(0.0123, 0.0101, 0.0145)
+    timed = timing(0.417, 0.2083, ratio_low=0.2051, ratio_high=0.2119, p90_ms=0.533, p99_ms=0.871)
+    other = candidate("int4", "missed", 54_321, evaluation=report, latency=timed)
+    cells = cells_of(render_page(outcome(base(), good(), other)), "int4")
+    assert cells == {
+        "verdict": "misses the budget reason of int4",
+        "top-1 accuracy": "88.77 %",
+        "change": "\u22121.23 \u22121.45 to \u22121.01",
+        "median, ms": "0.417 p90 0.533 p99 0.871",
+        "time against fp32": "0.21\u00d7 0.205 to 0.212",
+        "size": "54.32 kB",
+    }
+
+
+def test_table_begins_with_the_chosen_one_and_ends_with_failures():
+    broken, missed = candidate("broken", "failed", None), candidate("late", "missed", latency=timing(0.1))
+    slow, fast = (candidate(name, latency=timing(p50)) for name, p50 in (("slow", 3.0), ("fast", 0.5)))
+    html = render_page(outcome(base(), broken, missed, slow, fast, good()))
+    names = re.findall(r'<span class="with-icon"><svg [^>]*>.*?</svg>([^<]*)</span></th>', html)
+    assert names == ["int8", "fp32", "fast", "slow", "late", "broken"]
+
+
+def test_candidates_without_a_figure_are_named_as_not_drawn():
+    text = Page(render_page(EXTREMES["failed"])).text
+    assert text.count("Not drawn, since a figure is missing: broken.") == 3
+    assert "Not drawn" not in Page(render_page(EXTREMES["identical"])).text
+
+
+def test_noise_floor_is_a_band_around_the_baseline():
+    html = render_page(outcome(base(latency=timing(2.0, None, noise=0.08)), good(latency=timing(noise=0.05))))
+    assert html.count('class="band"') == 3
+    assert "within 8 % of fp32: a tie" in Page(html).text
+    assert "Noise floor of this run (fp32 against itself): 8.0 %" in Page(html).text
+    assert 'class="band"' not in render_page(outcome(base(latency=None), good()))
+
+
+def axis(*limits: Limit, is_lower_better: bool = True) -> Axis:
+    return Axis(title="t", format_tick=lambda value, _step: f"{value:g}", is_lower_better=is_lower_better, limits=limits)
+
+
+def point(name: str, x: float, y: float, rank: int = 2) -> Point:
+    return Point(name=name, x=x, y=y, shape="circle", kind="passed", title=name, is_on_front=True, rank=rank)
+
+
+@pytest.mark.parametrize(("value", "words"), [(500.0, "cap \u2192"), (-500.0, "\u2190 cap"), (1.5, "cap")])
+def test_limit_outside_the_axis_is_named_at_its_edge(value, words):
+    limit = Limit(value=value, is_upper=True, label="cap")
+    svg = scatter(
+        [point("a", 1.0, 1.0), point("b", 2.0, 2.0)], axis(limit), axis(is_lower_better=False), width=600, height=300, label=""
+    )
+    assert f">{words}</text>" in svg
+    assert ('class="limit"' in svg) == (value == 1.5)
+    area = float(re.search(r'<rect [^>]*width="([\d.]+)"[^>]*class="beyond"', svg)[1])
+    assert (area == 0) == (value == 500.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 1)), min_size=1, max_size=14), st.sampled_from([340, 600, 1000]))
+def test_labels_do_not_overlap_and_stay_inside(places, width):
+    points = [point(f"candidate-{index}", x, y, rank=min(index, 3)) for index, (x, y) in enumerate(places)]
+    svg = scatter(points, axis(), axis(is_lower_better=False), width=width, height=400, label="")
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="name passed" text-anchor="(\w+)">([^<]*)<', svg)
+    boxes = []
+    for at, line, anchor, name in found:
+        wide = len(name) * CHARACTER_PX
+        start = float(at) - (wide if anchor == "end" else 0)
+        boxes.append((start, float(line) - 10, start + wide, float(line) + 3))
+        assert start >= 0
+        assert start + wide <= width
+    for index, left in enumerate(boxes):
+        for right in boxes[:index]:
+            is_apart = left[2] <= right[0] + 0.1 or right[2] <= left[0] + 0.1 or abs(left[1] - right[1]) >= 12.9
+            assert is_apart
 
 
 def test_page_is_self_contained():
@@ -287,3 +386,16 @@ def test_numbers_never_have_an_exponent(value):
 @given(st.text(), st.integers(4, 40))
 def test_shortened_names_fit(name, length):
     assert len(shorten(name, length)) <= max(length, 1)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("takes 1.68x the time of a", "takes 1.68\u00d7 the time of a"),
+        ("conv3x faster-2x", "conv3x faster-2x"),
+        ("95 % of 3 MB in 5 ms", "95\u00a0% of 3\u00a0MB in 5\u00a0ms"),
+        ("3 msec", "3 msec"),
+    ],
+)
+def test_typeset_changes_units_and_factors_and_no_names(sentence, expected):
+    assert typeset(sentence) == expected
