@@ -64,10 +64,15 @@ class CpuMeter:
     _at: float = field(default_factory=time.monotonic)
 
     def take(self, pids: Sequence[int]) -> float:
-        """Percent of one core since the last call; a process that is new counts from its start."""
+        """Percent of one core since the last call; a process that is new counts from its start.
+
+        A process that is not asked for now and then (one that is being drained) keeps its mark as long as it lives, so that
+        what it used before is never counted twice.
+        """
         now = time.monotonic()
         used = {pid: cpu_seconds(pid) for pid in pids}
         spent = sum(max(0.0, value - self._last.get(pid, 0.0)) for pid, value in used.items())
         elapsed = max(now - self._at, 1e-6)
-        self._last, self._at = used, now
+        resting = {pid: value for pid, value in self._last.items() if Path(f"/proc/{pid}").exists()}
+        self._last, self._at = resting | used, now
         return 100.0 * spent / elapsed

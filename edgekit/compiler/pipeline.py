@@ -397,9 +397,22 @@ def _describe_data(prepared: Prepared) -> tuple[DataDescription, ...]:
             samples=len(data),
             has_labels=data.labels is not None,
             class_names=data.class_names,
+            class_counts=_count_classes(data) if prepared.contract.task == "classification" else {},
         )
         for role, data in (("calibration", prepared.calibration), ("evaluation", prepared.evaluation))
     )
+
+
+def _count_classes(data: Dataset) -> dict[str, int]:
+    """Samples by class: its name where there are names, else its index."""
+    if data.labels is None:
+        return {}
+    values, counts = np.unique(data.labels, return_counts=True)
+    names = data.class_names
+    return {
+        names[int(value)] if 0 <= int(value) < len(names) else str(value): int(count)
+        for value, count in zip(values, counts, strict=True)
+    }
 
 
 def _profile(prepared: Prepared, candidates: list[Made], names: set[str]) -> dict[str, tuple[OpLatency, ...]]:

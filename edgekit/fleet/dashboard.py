@@ -26,6 +26,9 @@ POLICY = (
 PAGE_DEVICES = 50
 PAGE_EVENTS = 100
 SYMBOLS = {"online": "●", "stale": "◐", "offline": "○"}
+SearchQuery = Annotated[str, Query(max_length=100)]
+StateQuery = Annotated[str, Query(pattern="^(|online|offline|stale)$")]
+AfterQuery = Annotated[str, Query(max_length=200)]
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
 
@@ -99,23 +102,19 @@ def make_router(store: Store, *, version: str) -> APIRouter:
         page = store.devices(now_ms=now_ms(), search=search, state=state, after=after, limit=PAGE_DEVICES)
         return render(name, fleet=store.fleet(now_ms()), page=page, search=search, state=state, after=after)
 
-    search_query = Annotated[str, Query(max_length=100)]
-    state_query = Annotated[str, Query(pattern="^(|online|offline|stale)$")]
-    after_query = Annotated[str, Query(max_length=200)]
-
     @router.get("/", response_class=HTMLResponse)
-    def index(search: search_query = "", state: state_query = "", after: after_query = "") -> HTMLResponse:
+    def index(search: SearchQuery = "", state: StateQuery = "", after: AfterQuery = "") -> HTMLResponse:
         return overview("overview.html", search, state, after)
 
     @router.get("/fragments/overview", response_class=HTMLResponse)
-    def overview_fragment(search: search_query = "", state: state_query = "", after: after_query = "") -> HTMLResponse:
+    def overview_fragment(search: SearchQuery = "", state: StateQuery = "", after: AfterQuery = "") -> HTMLResponse:
         return overview("overview_live.html", search, state, after)
 
     def device_page(name: str, site: str, device: str) -> HTMLResponse:
         detail = store.device(site, device, now_ms())
         if detail is None:
             raise HTTPException(404, f"{site}/{device}: no such device has reported")
-        return render(name, detail=detail, view=detail.device)
+        return render(name, detail=detail, view=detail.device, part="all")
 
     @router.get("/devices/{site}/{device}", response_class=HTMLResponse)
     def device(site: str, device: str) -> HTMLResponse:

@@ -47,6 +47,7 @@ ATTENTION_MS = 24 * 3_600_000
 HISTOGRAM_MS = 3_600_000
 MAX_SERIES_WINDOWS = 20_000
 MAX_ATTENTION = 50
+MAX_TROUBLE = 2000
 _TROUBLE = {
     "rolled_back": "critical",
     "worker_crashed": "warning",
@@ -55,10 +56,10 @@ _TROUBLE = {
     "messages_dropped": "warning",
 }
 _TITLES = {
-    "rolled_back": "rolled back",
-    "worker_crashed": "the model's process crashed",
-    "install_failed": "an installation failed",
-    "install_refused": "refused a release",
+    "rolled_back": "rolled back from",
+    "worker_crashed": "had a crash of the model's process, serving",
+    "install_failed": "failed to install",
+    "install_refused": "refused",
     "messages_dropped": "dropped messages",
 }
 _NO_LATEST = Latest()
@@ -244,25 +245,14 @@ class Store:
                 )
             )
         log, row = tables.events, tables.devices
-        recent = connection.execute(
+        statement = (
             select(log, row.c.site, row.c.device)
             .join(row, row.c.id == log.c.device_id)
             .where(log.c.kind.in_(_TROUBLE), log.c.time_ms >= now_ms - ATTENTION_MS)
             .order_by(log.c.id.desc())
-            .limit(MAX_ATTENTION)
-        ).all()
-        for item in recent:
-            release = f" {item.model}@{item.version}" if item.version else ""
-            items.append(
-                Attention(
-                    severity=_TROUBLE[item.kind],  # type: ignore[arg-type]
-                    site=item.site,
-                    device=item.device,
-                    title=f"{_TITLES[item.kind]}{release}",
-                    detail=item.detail,
-                    time_ms=item.time_ms,
-                )
-            )
+            .limit(MAX_TROUBLE)
+        )
+        items += _group_trouble(connection.execute(statement).all())
         items.sort(key=lambda attention: (attention.severity != "critical", -attention.time_ms))
         return tuple(items[:MAX_ATTENTION])
 
@@ -431,6 +421,30 @@ class Store:
         found = connection.execute(statement.where(*conditions).order_by(log.c.id.desc()).limit(limit)).all()
         names = EventView.__struct_fields__
         return tuple(EventView(**{name: getattr(item, name) for name in names}) for item in found)
+
+
+def _group_trouble(rows: Sequence[Row[Any]]) -> Iterator[Attention]:
+    """One item for each kind of trouble with a release, however many devices report it.
+
+    Args:
+        rows: events with site and device, newest first.
+    """
+    groups: dict[tuple[str, ...], list[Row[Any]]] = {}
+    for item in rows:
+        key = (item.kind, item.model, item.version, item.code) if item.version else (item.kind, item.site, item.device)
+        groups.setdefault(key, []).append(item)
+    for group in groups.values():
+        newest = group[0]
+        release = f" {newest.model}@{newest.version}" if newest.version else ""
+        yield Attention(
+            severity=_TROUBLE[newest.kind],  # type: ignore[arg-type]
+            site=newest.site,
+            device=newest.device,
+            title=f"{_TITLES[newest.kind]}{release}",
+            detail=newest.detail,
+            time_ms=newest.time_ms,
+            devices=len({(item.site, item.device) for item in group}),
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -125,7 +125,10 @@ class ReleaseView(Record, frozen=True, kw_only=True):
 
 
 class Attention(Record, frozen=True, kw_only=True):
-    """Something that needs a person: ``severity`` first, newest first."""
+    """Something that needs a person: ``severity`` first, newest first.
+
+    What several devices say of one release is one item: ``devices`` counts them, ``site`` and ``device`` name the newest.
+    """
 
     severity: Literal["critical", "warning"]
     site: str
@@ -133,6 +136,7 @@ class Attention(Record, frozen=True, kw_only=True):
     title: str
     detail: str
     time_ms: int
+    devices: int = 1
 
 
 class FleetView(Record, frozen=True, kw_only=True):

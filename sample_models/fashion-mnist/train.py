@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from model import HERE, ResidualNet, example_inputs
+from model import HERE, LABELS, ResidualNet, example_inputs
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CALIBRATION_SAMPLES = 400
@@ -137,7 +137,8 @@ def write_splits(folder: Path, seed: int) -> None:
         ("evaluation", test_images[EVALUATION], test_labels[EVALUATION]),
         ("field", test_images[FIELD], test_labels[FIELD]),
     ):
-        np.savez_compressed(HERE / f"{name}.npz", image=as_input(images), labels=labels.astype(np.int64))
+        arrays = {"image": as_input(images), "labels": labels.astype(np.int64), "class_names": np.array(LABELS)}
+        np.savez_compressed(HERE / f"{name}.npz", **arrays)
 
 
 def main() -> None:

@@ -122,7 +122,8 @@ def test_refusals_are_counted_per_release(store):
         )
     releases = {view.version: view for view in store.fleet(T0).releases}
     assert (releases["1.0.0"].serving, releases["3.0.0"].refusing) == (2, 2)
-    assert any("refused a release" in item.title for item in store.fleet(T0).attention)
+    attention = store.fleet(T0).attention
+    assert [(item.title, item.devices) for item in attention] == [("refused fashion@3.0.0", 2)]
 
 
 def test_pages_hold_every_device_once(store):

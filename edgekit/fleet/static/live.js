@@ -40,16 +40,24 @@ async function refresh() {
   }
 }
 
-// Put the fragment in place; what is open stays open, what is scrolled stays scrolled, the focus stays where it is.
+// Put each part of the fragment in place; what is open stays open, what is scrolled stays scrolled, the focus stays where it is.
 function replace(html) {
-  const open = [...box.querySelectorAll("details")].map((item) => item.open);
-  const scrolled = [...box.querySelectorAll(".scroll")].map((item) => item.scrollLeft);
-  const focused = box.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-  box.innerHTML = html;
-  box.querySelectorAll("details").forEach((item, i) => { item.open = Boolean(open[i]); });
-  box.querySelectorAll(".scroll").forEach((item, i) => { item.scrollLeft = scrolled[i] || 0; });
-  if (focused) [...box.querySelectorAll("a")].find((item) => item.getAttribute("href") === focused)?.focus();
+  const fresh = new DOMParser().parseFromString(html, "text/html");
+  for (const part of box.querySelectorAll("[data-part]")) {
+    const other = fresh.querySelector(`[data-part="${part.dataset.part}"]`);
+    if (other) replacePart(part, other);
+  }
   tick();
+}
+
+function replacePart(part, other) {
+  const open = [...part.querySelectorAll("details")].map((item) => item.open);
+  const scrolled = [...part.querySelectorAll(".scroll")].map((item) => item.scrollLeft);
+  const focused = part.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  part.replaceChildren(...other.childNodes);
+  part.querySelectorAll("details").forEach((item, i) => { item.open = Boolean(open[i]); });
+  part.querySelectorAll(".scroll").forEach((item, i) => { item.scrollLeft = scrolled[i] || 0; });
+  if (focused) [...part.querySelectorAll("a")].find((item) => item.getAttribute("href") === focused)?.focus();
 }
 
 function changed(names) {
