@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +209,12 @@ def _served_version(device: Device) -> str:
 def _wait_served(demo: Demo, version: str) -> None:
     for device in demo.devices:
         what = f"{device.name}: serving {MODEL}@{version}"
-        wait_until(
-            lambda d=device: _served_version(d) == version, seconds=INSTALL_SECONDS, what=what, log=demo.log(device.name)
-        )  # type: ignore[misc]
+        is_served = partial(_is_served, device, version)
+        wait_until(is_served, seconds=INSTALL_SECONDS, what=what, log=demo.log(device.name))
+
+
+def _is_served(device: Device, version: str) -> bool:
+    return _served_version(device) == version
 
 
 def _load(demo: Demo) -> list[Load]:
@@ -335,6 +340,7 @@ def demo(
     place = _prepare_folder(folder)
     (place / MARKER).write_text(secrets.token_hex(8))
     (place / "logs").mkdir()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     story = Demo(folder=place, sample=sample_dir, programs=Programs(log_dir=place / "logs"))
     try:
         _tell(story, agents)

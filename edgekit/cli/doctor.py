@@ -48,7 +48,6 @@ class Diagnosis(Record, frozen=True, kw_only=True):
 
 def _check_python() -> Check:
     version = ".".join(str(part) for part in sys.version_info[:3])
-    return Check(area="python", level="fault", message=f"Python {version}", hint="edgekit needs Python 3.11 or newer")
     return Check(area="python", level="ok", message=f"Python {version} at {sys.executable}")
 
 
