@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgekit.compiler.markup import Markup, element
-from edgekit.compiler.plot import CHARACTER_PX, Limit, Scale, Shape, draw, nice_step, nice_ticks, shape, shorten, span
+from edgekit.compiler.plot import BOLD_PX, CHARACTER_PX, Limit, Scale, Shape, draw, nice_step, nice_ticks, shape, shorten, span
 
 NARROW_PX = 520
 """Below this width a row's name stands above its bar."""
@@ -95,7 +95,7 @@ def _frame(width: int, names: Sequence[str], notes: Sequence[str], *, has_sign: 
     longest = max((len(name) for name in names), default=0)
     note = max((len(note) for note in notes), default=0)
     name_px = min(longest * CHARACTER_PX + 12, width * 0.3)
-    return _Frame(width, len(names), name_px, note * CHARACTER_PX + 6, has_sign)
+    return _Frame(width, len(names), name_px, note * BOLD_PX + 8, has_sign)
 
 
 def _axis(frame: _Frame, scale: Scale, title: str, format_tick: Format) -> list[Markup]:

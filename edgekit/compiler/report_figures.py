@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from edgekit.compiler.gate import LATENCY_TIE
 from edgekit.compiler.markup import Markup, element
 from edgekit.compiler.plot import Axis, Interval, Limit, Point, Shape, find_front, scatter, shape
-from edgekit.compiler.plot_rows import Bar, bars
+from edgekit.compiler.plot_rows import CLIP, Bar, bars
 from edgekit.compiler.report_words import (
     NBSP,
     SHARES,
@@ -247,6 +247,8 @@ def latency(result: OptimizeResult) -> Markup | None:
     band = None if middle is None else (middle * (1 - tie), middle * (1 + tie))
     limits = _limits(result, "latency_ms", 1.0)
     caption = _latency_caption([item for item, _ in timed], max(report.noise for _, report in timed), result)
+    if max(row.p99 for row in rows) > CLIP * max(row.p90 for row in rows):
+        caption += " An arrow: p99 lies beyond the plot; the table has it."
     label = f"Latency of {len(rows)} candidates; table: Candidates."
     entries = [key("p50-key", "median (p50)"), key("p90-key", "p90"), key("p99-key", "p99")]
     if band is not None:

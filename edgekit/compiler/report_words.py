@@ -188,6 +188,11 @@ def loss(report: EvalReport) -> str:
     return f"at {difference(report.metric, change(report))} of {title}"
 
 
+def is_loss(gain: str) -> bool:
+    """Whether words of :func:`speed` or :func:`smaller` say that something got worse."""
+    return any(word in gain for word in ("slower", "larger"))
+
+
 def headline(result: OptimizeResult) -> str:
     """The answer in one sentence."""
     chosen, baseline = result.chosen, result.baseline
@@ -200,7 +205,8 @@ def headline(result: OptimizeResult) -> str:
         gains.append(speed(chosen.latency).split(",")[0] + ("" if chosen.latency.is_on_target else " here"))
     gains += [part for part in [smaller(chosen, baseline)] if part]
     against = f" {'as' if gains and gains[-1].startswith('as ') else 'than'} {baseline.name}" if gains else ""
-    parts = [" and ".join(gains) + against] if gains else []
+    is_mixed = len(gains) > 1 and is_loss(gains[0]) != is_loss(gains[1])
+    parts = [(" but " if is_mixed else " and ").join(gains) + against] if gains else []
     if chosen.evaluation is not None:
         parts.append(loss(chosen.evaluation))
     return f"Use {chosen.name}: {', '.join(parts)}." if parts else f"Use {chosen.name}."

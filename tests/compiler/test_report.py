@@ -209,11 +209,17 @@ def test_candidates_without_a_figure_are_named_as_not_drawn():
     assert "Not drawn" not in Page(render_page(EXTREMES["identical"])).text
 
 
+def test_arrow_of_a_cut_whisker_is_explained():
+    assert "An arrow: p99 lies beyond the plot" in Page(render_page(EXTREMES["far outlier"])).text
+    assert "An arrow" not in Page(render_page(EXTREMES["identical"])).text
+
+
 def test_noise_floor_is_a_band_around_the_baseline():
     html = render_page(outcome(base(latency=timing(2.0, None, noise=0.08)), good(latency=timing(noise=0.05))))
     assert html.count('class="band"') == 3
     assert "within 8 % of fp32: a tie" in Page(html).text
     assert "Noise floor of this run (fp32 against itself): 8.0 %" in Page(html).text
+    assert "within 2 % of fp32: a tie" in Page(render_page(EXTREMES["identical"])).text
     assert 'class="band"' not in render_page(outcome(base(latency=None), good()))
 
 
@@ -265,7 +271,7 @@ def test_page_is_self_contained():
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     style = re.search("<style>(.*?)</style>", html, re.DOTALL)
     expected = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{expected}'")
+    assert policy == f"default-src 'none'; style-src 'sha256-{expected}'; base-uri 'none'; form-action 'none'"
 
 
 def test_hostile_text_stays_text():
@@ -331,6 +337,8 @@ def test_headline_claims_only_what_intervals_allow():
     assert "at \u22122.00\u00a0points of top-1 accuracy" in headline(outcome(base(), worse))
     tie = good(latency=timing(2.0, 1.01, ratio_low=0.97, ratio_high=1.05))
     assert "as fast and 3.15\u00d7 smaller" in headline(outcome(base(), tie))
+    slower = good(latency=timing(2.8, 1.4))
+    assert "1.40\u00d7 slower but 3.15\u00d7 smaller than fp32" in headline(outcome(base(), slower))
     assert headline(outcome(base(), good(), is_budget_met=False)) == "No candidate meets the budget; int8 comes nearest."
     assert headline(EXTREMES["one"]).startswith("Keep fp32")
 
