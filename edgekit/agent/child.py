@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -61,10 +62,12 @@ class WorkerProcess:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     requests: int = 0
     errors: int = 0
-    last: Figures | None = None
+    leftover: list[Figures] = field(default_factory=list)
+    """Figures that nobody waited for: the last ones, and answers that came late."""
     is_expected_to_end: bool = False
     _collecting: dict[int, asyncio.Future[Figures]] = field(default_factory=dict)
     _next_id: int = 0
+    _silent_since: float | None = None
     _collected: tuple[int, int] = (0, 0)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -79,6 +82,9 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(), listener.fileno()),
                 env=WORKER_ENVIRONMENT | dict(os.environ),
             )
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
@@ -126,14 +132,17 @@ class WorkerProcess:
                 self._fail(ArtifactError(code, message), is_final=is_final)
             case Collected(id=number, figures=figures):
                 self._count(figures)
+                self._silent_since = None
                 if (future := self._collecting.pop(number, None)) and not future.done():
                     future.set_result(figures)
+                else:
+                    self.leftover.append(figures)
             case StatusRequest(id=number, requests=requests, errors=errors):
                 self.requests, self.errors = requests, errors
                 self._send(StatusAnswer(id=number, body=self.make_status()))
             case Drained(figures=figures):
                 self._count(figures)
-                self.last = figures
+                self.leftover.append(figures)
 
     def _count(self, figures: Figures) -> None:
         self._collected = (self._collected[0] + figures.requests, self._collected[1] + figures.errors)
@@ -181,17 +190,31 @@ class WorkerProcess:
     async def collect(self) -> Figures | None:
         """Its figures since the last time; None when it does not answer."""
         self._next_id += 1
+        number, asked_at = self._next_id, time.monotonic()
         future: asyncio.Future[Figures] = asyncio.get_running_loop().create_future()
-        self._collecting[self._next_id] = future
-        self._send(Collect(id=self._next_id))
+        self._collecting[number] = future
+        self._send(Collect(id=number))
         try:
             return await asyncio.wait_for(future, COLLECT_SECONDS)
         except TimeoutError:
+            if self._silent_since is None:
+                self._silent_since = asked_at
             return None
+        finally:
+            self._collecting.pop(number, None)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it owes an answer to :meth:`collect`, seconds."""
+        return 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
 
     def kill(self) -> None:
         """End it at once."""
         self.is_expected_to_end = True
+        self.abort()
+
+    def abort(self) -> None:
+        """End it at once, as a crash: its supervisor starts another one."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 

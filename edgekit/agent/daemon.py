@@ -10,6 +10,7 @@ the agent is only its start: a wrong configuration, a port in use, another agent
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
@@ -32,7 +33,7 @@ from edgekit.agent.config import AgentConfig
 from edgekit.agent.courier import Courier
 from edgekit.agent.durable import write_durably
 from edgekit.agent.facts import ask_facts
-from edgekit.agent.health import CrashLedger
+from edgekit.agent.health import MAX_DELAY_S, CrashLedger
 from edgekit.agent.journal import Journal, now_ms
 from edgekit.agent.link import Model
 from edgekit.agent.logs import start_logging
@@ -97,6 +98,25 @@ def _fallback_facts() -> DeviceFacts:
     return DeviceFacts(
         arch=platform.machine(), cpu="", isa=(), cores=os.cpu_count() or 0, ram_mb=0.0, os=platform.system(), runtimes={}
     )
+
+
+@dataclass
+class ProvenWorker:
+    """A worker whose model passed its self-test: it serves, or it is given up; nothing is left behind."""
+
+    worker: WorkerProcess
+    workers: Workers
+    on_serve: Callable[[], None]
+
+    def serve(self) -> None:
+        """Let it serve, instead of the one that does."""
+        self.on_serve()
+        self.workers.switch(self.worker)
+
+    def discard(self) -> None:
+        """End it, unless it serves."""
+        if self.worker is not self.workers.current and self.worker.is_running:
+            self.workers.retire(self.worker)
 
 
 @dataclass
@@ -167,36 +187,30 @@ class Daemon:
 
     # --- serving
 
-    async def prove(self, model: Model) -> Callable[[], None]:
-        """Start a worker on a new model and let it prove itself; the returned function makes it serve."""
-        serve = await self._prove(model)
+    async def prove(self, model: Model) -> ProvenWorker:
+        """Start a worker on a new model and let it prove itself."""
+        return await self._prove(model, on_serve=self._ledger.forget)
 
-        def serve_new() -> None:
-            self._ledger.forget()
-            serve()
-
-        return serve_new
-
-    async def _prove(self, model: Model) -> Callable[[], None]:
+    async def _prove(self, model: Model, *, on_serve: Callable[[], None] = lambda: None) -> ProvenWorker:
         worker = await self.workers.start(model)
         ready = await worker.wait_ready(self.config.selftest_timeout_s)
         logger.info(
             "event=self_test_passed model=%s worst_error=%g golden_ms=%.3f", worker.name, ready.worst_error, ready.golden_ms
         )
 
-        def serve() -> None:
+        def started() -> None:
             self._runtime = (ready.runtime, ready.runtime_version)
-            self.workers.switch(worker)
+            on_serve()
 
-        return serve
+        return ProvenWorker(worker, self.workers, started)
 
     async def _serve_active(self) -> None:
         """Serve the active slot, or the other good one, or nothing but health."""
         while (slot := active_slot(self.store.state)) is not None:
             try:
-                serve = await self._prove(await in_background(functools.partial(self._model_of, slot), name="hash"))
+                proven = await self._prove(await in_background(functools.partial(self._model_of, slot), name="hash"))
             except SelfTestFailed as failed:
-                if not self._fall_back(slot, failed.error):
+                if self._is_worth_another_try(failed) or not self._fall_back(slot, failed.error):
                     self._ledger.note(time.monotonic())
                     await self._serve_nothing()
                     self._spawn(self._serve_later(max(1.0, self._ledger.delay_s)))
@@ -206,9 +220,14 @@ class Daemon:
                     break
             else:
                 if active_slot(self.store.state) == slot:
-                    serve()
+                    proven.serve()
                     return
+                proven.discard()
         await self._serve_nothing()
+
+    def _is_worth_another_try(self, failed: SelfTestFailed) -> bool:
+        """Whether a model failed for a reason that says nothing about it, such as a lack of memory, and not too often."""
+        return not failed.is_final and failed.error.code != "slot.damaged" and not self._ledger.is_looping
 
     def _model_of(self, slot: Slot) -> Model:
         return Installer(self.config, self.store, self.slots, self._facts or _fallback_facts()).model_of(slot)
@@ -221,11 +240,23 @@ class Daemon:
         if self.workers.current is None:
             self.workers.switch(worker)
         else:
-            worker.drain()
+            self.workers.retire(worker)
 
     async def _serve_later(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        await self._serve_active()
+        """Serve again after a while; what this machine cannot give now (a process, disk space) is tried for again."""
+        while True:
+            await asyncio.sleep(delay_s)
+            if await self._is_served():
+                return
+            delay_s = MAX_DELAY_S
+
+    async def _is_served(self) -> bool:
+        try:
+            await self._serve_active()
+        except (SelfTestFailed, OSError) as error:
+            logger.error("event=serving_failed error=%r", str(error))  # noqa: TRY400 - it says all
+            return False
+        return True
 
     def _fall_back(self, bad: Slot, error: EdgekitError) -> bool:
         """Give a slot up for the other good one.
@@ -275,8 +306,11 @@ class Daemon:
         self.journal.event("worker_crashed", f"{worker.name}: {ending}", code="worker.crashed", release=slot)
         if slot is not None and self._ledger.is_looping and other_slot(self.store.state).status == "good":
             error = EnvironmentFault("worker.crash_loop", f"{worker.name}: the worker died again and again, last by {ending}.")
-            if self._fall_back(slot, error):
-                self._ledger.forget()
+            try:
+                if self._fall_back(slot, error):
+                    self._ledger.forget()
+            except OSError as full:
+                logger.error("event=state_not_saved error=%r", str(full))  # noqa: TRY400 - it says all
         self._spawn(self._restart(self._ledger.delay_s))
 
     async def _restart(self, delay_s: float) -> None:
@@ -284,7 +318,8 @@ class Daemon:
         if self._stop.is_set():
             return
         if delay_s >= IDLE_WHILE_WAITING_S:
-            await self._serve_nothing()
+            with contextlib.suppress(SelfTestFailed, OSError):
+                await self._serve_nothing()
         await self._serve_later(delay_s)
 
     # --- rounds
@@ -312,10 +347,13 @@ class Daemon:
         cpu = CpuMeter()
         start_ms, due = now_ms(), time.monotonic()
         while True:
-            due += self.config.window_s
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due = max(due + self.config.window_s, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
             end_ms = now_ms()
-            await self._close_window(cpu, start_ms, max(0, end_ms - start_ms))
+            try:
+                await self._close_window(cpu, start_ms, max(0, end_ms - start_ms))
+            except Exception:
+                logger.exception("event=window_failed")
             start_ms = end_ms
 
     async def _close_window(self, cpu: CpuMeter, start_ms: int, duration_ms: int) -> None:
@@ -338,7 +376,10 @@ class Daemon:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.config.heartbeat_s)
-            self.courier.beat()
+            try:
+                self.courier.beat()
+            except Exception:
+                logger.exception("event=beat_failed")
 
     # --- life
 
@@ -347,17 +388,25 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        self.updater.recover()
-        write_durably(self.config.state_path / RUN_FILE, msgspec.json.encode({"pid": os.getpid(), "url": self.url}))
+        self._tidy_up()
         logger.info("event=agent_listening url=%s device=%s state_dir=%s", self.url, self.config.device, self.config.state_dir)
         self.journal.event("agent_started", f"edgekit {__version__} at {self.url}")
-        await self._serve_active()
+        if not await self._is_served():
+            self._spawn(self._serve_later(1.0))
         await self._start_telemetry()
         if self.config.repository:
             self._spawn(self._poll())
         await self._stop.wait()
         await self._shut_down()
         return 0
+
+    def _tidy_up(self) -> None:
+        """What an interruption left, and where we are; a disk without a free byte keeps nobody from serving."""
+        try:
+            self.updater.recover()
+            write_durably(self.config.state_path / RUN_FILE, msgspec.json.encode({"pid": os.getpid(), "url": self.url}))
+        except OSError as error:
+            logger.error("event=state_not_saved error=%r", str(error))  # noqa: TRY400 - it says all
 
     async def _start_telemetry(self) -> None:
         try:

@@ -198,6 +198,17 @@ def refuse(state: AgentState, refusal: Refusal) -> tuple[Refusal, ...]:
     return tuple([*kept, refusal][-MAX_REFUSALS:])
 
 
+def next_poll_s(poll_s: float, retries_at: Collection[float], *, now: float) -> float:
+    """Seconds until the next poll: the usual pause, or less when a release that failed may be tried again sooner.
+
+    Args:
+        poll_s: the usual pause.
+        retries_at: when releases may be tried again; those that could have been tried already ask for nothing.
+        now: on the same clock.
+    """
+    return min([poll_s, *(at - now for at in retries_at if at > now)])
+
+
 def backoff_s(failures: int, *, base_s: float, cap_s: float, draw: Callable[[], float]) -> float:
     """Seconds to wait after so many failures in a row: full jitter under an exponential ceiling.
 

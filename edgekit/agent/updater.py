@@ -5,11 +5,12 @@ What fails for good is refused and remembered; everything else is tried again la
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
@@ -23,7 +24,17 @@ from edgekit.agent.durable import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.journal import Journal
 from edgekit.agent.link import Model
-from edgekit.agent.plan import MAX_ATTEMPTS, DeviceFacts, Plan, backoff_s, make_plan, other_slot, refuse, slot_of
+from edgekit.agent.plan import (
+    MAX_ATTEMPTS,
+    DeviceFacts,
+    Plan,
+    backoff_s,
+    make_plan,
+    next_poll_s,
+    other_slot,
+    refuse,
+    slot_of,
+)
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.source import RepositorySource
 from edgekit.agent.state_store import StateStore
@@ -38,13 +49,24 @@ logger = logging.getLogger(__name__)
 RETRY_BASE_S = 2.0
 RETRY_CAP_S = 900.0
 TIME_FLOOR_S = 3600.0
+SHORTEST_POLL_S = 0.05
+
+
+class Proven(Protocol):
+    """A model that passed its self-test and waits in its worker."""
+
+    def serve(self) -> None:
+        """Let it serve, instead of what serves now."""
+
+    def discard(self) -> None:
+        """End its worker, if it does not serve."""
 
 
 class Server(Protocol):
     """What the updater needs of the serving side."""
 
-    async def prove(self, model: Model) -> Callable[[], None]:
-        """Start a worker on a model and let it prove itself; the returned function makes it serve.
+    async def prove(self, model: Model) -> Proven:
+        """Start a worker on a model and let it prove itself.
 
         Raises:
             SelfTestFailed: when it did not.
@@ -128,6 +150,7 @@ class Updater:
             logger.info("event=repository_reachable failures=%d", self.failures)
             self.failures = 0
             self._note_error("", "")
+            self.report()
         now = time.monotonic()
         waiting = {digest for digest, deferral in self._deferred.items() if deferral.until > now}
         config = self.config
@@ -136,8 +159,13 @@ class Updater:
             await self._install(plan, source)
         elif self.store.state.phase != "idle":
             self.store.update(phase="idle", intent="", attempts=0)
-        soonest = min((d.until - time.monotonic() for d in self._deferred.values()), default=config.poll_s)
-        return max(0.05, min(config.poll_s, soonest))
+        return max(SHORTEST_POLL_S, next_poll_s(config.poll_s, self._retries_at(releases), now=time.monotonic()))
+
+    def _retries_at(self, releases: Sequence[Release]) -> list[float]:
+        """When failed releases may be tried again; what is not offered any more is forgotten."""
+        offered = {release.manifest_digest for release in releases}
+        self._deferred = {digest: deferral for digest, deferral in self._deferred.items() if digest in offered}
+        return [deferral.until for deferral in self._deferred.values()]
 
     async def _refresh(self) -> tuple[RepositorySource, tuple[Release, ...]]:
         def work() -> tuple[RepositorySource, tuple[Release, ...], Floors]:
@@ -161,8 +189,9 @@ class Updater:
 
     def _note_unreachable(self, error: EdgekitError) -> None:
         self.failures += 1
+        is_news = self.failures == 1 or error.code != self.last_error_code
         self._note_error(error.code, error.message)
-        if self.failures == 1:
+        if is_news:
             is_ours = isinstance(error, DeviceError)
             self.journal.event("install_failed" if is_ours else "repository_unreachable", error=error)
             self.report()
@@ -177,15 +206,19 @@ class Updater:
             self.journal.event("release_found", release=info)
             self.journal.event("install_started", f"into slot {plan.slot}", release=info)
         try:
-            installer = Installer(self.config, self.store, self.slots, await self.ask_facts())
-            await self._do(plan, installer, source)
-        except ReleaseRefused as refused:
-            self._refuse(plan, refused)
+            await self._try(plan, source)
         except EdgekitError as error:
             if error.code != "agent.stopping":
                 self._fail(plan, error)
         except OSError as error:
             self._fail(plan, self._disk_error(error, info.installed_bytes))
+
+    async def _try(self, plan: Plan, source: RepositorySource) -> None:
+        installer = Installer(self.config, self.store, self.slots, await self.ask_facts())
+        try:
+            await self._do(plan, installer, source)
+        except ReleaseRefused as refused:
+            self._refuse(plan, refused)
 
     def _disk_error(self, error: OSError, needed: int) -> DeviceError:
         """What the disk said, as ours."""
@@ -194,9 +227,13 @@ class Updater:
         return DeviceError("device.disk_error", f"{self.config.state_dir}: {error}.", hint="Check the disk.")
 
     async def _do(self, plan: Plan, installer: Installer, source: RepositorySource) -> None:
+        with contextlib.ExitStack() as stack:
+            await self._steps(plan, installer, source, stack)
+
+    async def _steps(self, plan: Plan, installer: Installer, source: RepositorySource, stack: contextlib.ExitStack) -> None:
         contents: Contents | None = None
+        proven: Proven | None = None
         started = time.monotonic()
-        make_serve: Callable[[], None] = lambda: None  # noqa: E731 - replaced by the self-test
         for step in plan.steps:
             installer.enter(step, plan)
             match step:
@@ -209,26 +246,28 @@ class Updater:
                     ready = contents or installer.contents_of(slot_of(self.store.state, plan.slot))
                     await in_background(lambda c=ready: installer.verify(plan, c), name="verify")  # type: ignore[misc]
                 case "selftest":
-                    make_serve = await self._self_test(plan, installer)
+                    proven = await self._self_test(plan, installer)
+                    stack.callback(proven.discard)
                 case "switch":
                     installer.switch(plan)
-                    make_serve()
+                    if proven is not None:
+                        proven.serve()
                 case "report":
                     self._succeed(plan, installer, time.monotonic() - started)
                 case "idle":
                     pass
 
-    async def _self_test(self, plan: Plan, installer: Installer) -> Callable[[], None]:
+    async def _self_test(self, plan: Plan, installer: Installer) -> Proven:
         slot = slot_of(self.store.state, plan.slot)
         model = await in_background(lambda: installer.model_of(slot), name="hash")
         try:
-            make_serve = await self.server.prove(model)
+            proven = await self.server.prove(model)
         except SelfTestFailed as failed:
             if failed.is_final:
                 raise ReleaseRefused(failed.error.code, failed.error.message) from failed
             raise failed.error from failed
         checkpoint("tested")
-        return make_serve
+        return proven
 
     def _succeed(self, plan: Plan, installer: Installer, seconds: float) -> None:
         self._deferred.pop(plan.release.manifest_digest, None)
@@ -252,6 +291,7 @@ class Updater:
         )
         self.store.update(phase="report", refusals=refuse(self.store.state, refusal))
         checkpoint("refused")
+        self._deferred.pop(plan.release.manifest_digest, None)
         self._note_error(refused.code, refused.reason)
         self._free(plan)
         self.store.update(phase="idle", intent="", attempts=0)

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edgekit.agent.child import StatusMaker, WorkerProcess
 from edgekit.agent.config import AgentConfig
@@ -20,6 +21,8 @@ from edgekit.agent.link import Figures, Model, Start
 logger = logging.getLogger(__name__)
 
 END_MARGIN_S = 5.0
+HUNG_SECONDS = 30.0
+"""A serving worker that answers its supervisor no more for so long is ended and started again."""
 
 CrashHandler = Callable[[WorkerProcess], None]
 
@@ -50,9 +53,7 @@ class Workers:
         )
         worker = await WorkerProcess.spawn(self.listener, start, self.make_status)
         self._all.append(worker)
-        task = asyncio.ensure_future(self._follow(worker))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._follow(worker))
         return worker
 
     def switch(self, worker: WorkerProcess) -> None:
@@ -60,14 +61,29 @@ class Workers:
         before, self.current = self.current, worker
         worker.go()
         if before is not None and before.is_running:
-            before.drain()
+            self.retire(before)
+
+    def retire(self, worker: WorkerProcess) -> None:
+        """Let a worker finish what it has; one that does not end in time (a model that hangs) is killed."""
+        worker.drain()
+        limit = self.config.drain_s + self.config.request_timeout_s + END_MARGIN_S
+        self._spawn(worker.end(limit))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("event=task_failed", exc_info=error)
 
     async def _follow(self, worker: WorkerProcess) -> None:
         await worker.ended.wait()
         self._all.remove(worker)
         self._past = (self._past[0] + worker.requests, self._past[1] + worker.errors)
-        if worker.last is not None:
-            self._leftover.append(worker.last)
+        self._leftover += worker.leftover
         code = worker.process.returncode
         logger.info("event=worker_ended pid=%d model=%s code=%s", worker.pid, worker.name.replace(" ", "_"), code)
         if worker is self.current:
@@ -90,8 +106,15 @@ class Workers:
 
     async def collect(self) -> Sequence[Figures]:
         """What was counted since the last time, by every worker, those that ended included."""
-        answers = await asyncio.gather(*(worker.collect() for worker in self._all if worker.ready.done()))
+        asked = [worker for worker in self._all if worker.ready.done()]
+        answers = await asyncio.gather(*(worker.collect() for worker in asked))
         leftover, self._leftover = self._leftover, []
+        for worker in asked:
+            leftover += worker.leftover
+            worker.leftover = []
+        if self.current is not None and self.current.silent_s >= HUNG_SECONDS:
+            logger.error("event=worker_hangs pid=%d silent_s=%.0f", self.current.pid, self.current.silent_s)
+            self.current.abort()
         return [*leftover, *(figures for figures in answers if figures is not None)]
 
     async def stop(self) -> None:
