@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,9 +60,9 @@ class Courier:
         self._connection.start()
 
     def _connected(self) -> None:
-        self.is_connected = True
         if not self.outbox.read(kinds=("birth",), boot=self.journal.boot, limit=1):
-            self.announce()
+            self.announce()  # not connected yet: nothing goes out before the birth
+        self.is_connected = True
         logger.info("event=broker_connected waiting=%d", self.outbox.count)
         self._rewind()
         self.pump()
@@ -80,7 +81,13 @@ class Courier:
         self._in_flight.clear()
 
     def pump(self) -> None:
-        """Send as much as may be on the way at once."""
+        """Send as much as may be on the way at once; a spool that cannot be read now is tried again later."""
+        try:
+            self._pump()
+        except sqlite3.Error as error:
+            self._postpone(f"the spool: {error}")
+
+    def _pump(self) -> None:
         while self.is_connected and len(self._in_flight) < MAX_IN_FLIGHT:
             if self._preface:
                 is_sent = self._send([self._preface.pop(0)], is_late=False)
@@ -133,22 +140,32 @@ class Courier:
         ids = self._in_flight.pop(mid, None)
         if ids is None:
             return
+        self._preface_ids.difference_update(ids)
         if code < FAILURE_CODE:
-            self.outbox.confirm(ids)
-            self._preface_ids.difference_update(ids)
+            try:
+                self.outbox.confirm(ids)
+            except sqlite3.Error as error:
+                self._postpone(f"the spool: {error}")
         else:
-            self._preface_ids.difference_update(ids)
-            self.last_refusal = reason
-            logger.warning("event=publish_refused reason=%r", reason)
-            if self._retry is None:
-                self._retry = asyncio.get_running_loop().call_later(REFUSED_RETRY_S, self._try_again)
+            self._postpone(reason)
         self.pump()
+
+    def _postpone(self, reason: str) -> None:
+        """What was refused, or could not be forgotten, is sent again after a while."""
+        self.last_refusal = reason
+        logger.warning("event=publish_refused reason=%r", reason)
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(REFUSED_RETRY_S, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
         if self.is_connected and not self._in_flight:
-            self._rewind()
-            self.pump()
+            try:
+                self._rewind()
+            except sqlite3.Error as error:
+                self._postpone(f"the spool: {error}")
+            else:
+                self.pump()
         elif self.is_connected:
             self._retry = asyncio.get_running_loop().call_later(1.0, self._try_again)
 

@@ -13,6 +13,7 @@ import logging
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ WILL_DELAY_S = 5
 SESSION_EXPIRY_S = 30
 MAX_IN_FLIGHT = 20
 LOOP_SECONDS = 1.0
+STABLE_SECONDS = 30.0
 FAILURE_CODE = 0x80
 
 
@@ -60,6 +62,7 @@ class Connection:
     _client: paho.Client | None = None
     _halt: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _is_leaving: bool = False
 
     def start(self) -> None:
         """Begin to connect.
@@ -89,7 +92,7 @@ class Connection:
         config, handlers = self.config, self.handlers
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
-            client_id=f"ek-{config.site}-{config.device}",
+            client_id=f"ek.{config.site}.{config.device}",
             protocol=MQTTProtocolVersion.MQTTv5,
             reconnect_on_failure=False,
         )
@@ -116,15 +119,17 @@ class Connection:
 
         client.on_connect = on_connect
         client.on_publish = on_publish
+        # With this set, publish() only queues and wakes the thread: two threads that write could mix up their bytes.
+        client.on_socket_register_write = lambda *_: None
         return client
 
     def _run(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> None:
         failures = 0
         while not self._halt.is_set():
-            reason, was_connected = self._hold(loop, context)
-            if self._halt.is_set():
+            reason, has_lasted = self._hold(loop, context)
+            if self._halt.is_set() or self._is_leaving:
                 break
-            failures = 1 if was_connected else failures + 1
+            failures = 1 if has_lasted else failures + 1
             if failures == 1 or failures % 20 == 0:
                 logger.warning("event=broker_unreachable broker=%s reason=%r failures=%d", self.config.broker, reason, failures)
             with contextlib.suppress(RuntimeError):
@@ -135,22 +140,24 @@ class Connection:
         """Connect and stay connected as long as it lasts.
 
         Returns:
-            Why it ended, and whether there was a connection.
+            Why it ended, and whether the connection had lasted: one that ends at once is a failure, too.
         """
         broker = parse_broker(self.config)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = SESSION_EXPIRY_S
-        was_connected = False
+        connected_at, has_lasted = 0.0, False
         try:
             client = self._client = self._make_client(loop, context)
             client.connect(broker.host, broker.port, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
             code = MQTTErrorCode.MQTT_ERR_SUCCESS
-            while code == MQTTErrorCode.MQTT_ERR_SUCCESS and not self._halt.is_set():
+            while code == MQTTErrorCode.MQTT_ERR_SUCCESS and not (self._halt.is_set() and not client.want_write()):
                 code = client.loop(timeout=LOOP_SECONDS)
-                was_connected = was_connected or client.is_connected()
+                if client.is_connected():
+                    connected_at = connected_at or time.monotonic()
+                    has_lasted = time.monotonic() - connected_at >= STABLE_SECONDS
         except (OSError, ValueError) as error:
-            return str(error) or type(error).__name__, was_connected
-        return paho.error_string(code), was_connected
+            return str(error) or type(error).__name__, has_lasted
+        return paho.error_string(code), has_lasted
 
     def publish(self, topic: str, payload: bytes, *, qos: int, is_retained: bool) -> int | None:
         """Send one message; its number for the PUBACK, or None when that is not possible now."""
@@ -161,8 +168,9 @@ class Connection:
 
     def stop(self) -> None:
         """Say goodbye and end the thread. Without the goodbye the broker would publish the will."""
-        self._halt.set()
+        self._is_leaving = True
         if self._client is not None and self._client.is_connected():
             self._client.disconnect()
+        self._halt.set()
         if self._thread is not None:
             self._thread.join(timeout=LOOP_SECONDS + 1.0)

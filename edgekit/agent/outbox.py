@@ -4,12 +4,15 @@ One SQLite file in WAL mode. A row is one message of one (boot, seq); windows ar
 sent many windows a message. Events and states are written with a full sync, windows without (a power cut may cost the last
 second of windows, never an event and never the file).
 
-Over the byte cap the oldest windows go first, then the oldest events; how many went, and which, is told by a
-``messages_dropped`` event, so that the server's gaps have a reason.
+A damaged file is set aside; where there can be no file (a full disk at the start) the spool is a small one in memory.
+
+Over the byte cap the oldest windows go first, then states that a newer one replaces, then the oldest events; how many went,
+and which, is told by a ``messages_dropped`` event, so that the server's gaps have a reason.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -17,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgekit.errors import EnvironmentFault
+logger = logging.getLogger(__name__)
 
 Kind = Literal["birth", "rep", "ev", "w"]
 ROW_OVERHEAD_BYTES = 64
 DROP_FRACTION = 0.25
+MEMORY_BYTES = 1 << 20
 _SCHEMA = """
 create table if not exists spool (
     id integer primary key autoincrement,
@@ -65,27 +69,31 @@ class Outbox:
     def __init__(self, path: Path, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         try:
-            self._db = self._open(path)
+            self._db, self._count, self._bytes = self._open(path)
+        except sqlite3.OperationalError as error:
+            logger.error("event=outbox_unusable path=%s error=%r spool=memory", path, str(error))  # noqa: TRY400 - it says all
+            self._max_bytes = min(max_bytes, MEMORY_BYTES)
+            self._db, self._count, self._bytes = self._open(None)
         except sqlite3.DatabaseError:
             self._set_aside(path)
-            self._db = self._open(path)
-        self._count, self._bytes = self._measure()
+            self._db, self._count, self._bytes = self._open(path)
 
     @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
+    def _open(path: Path | None) -> tuple[sqlite3.Connection, int, int]:
+        db = sqlite3.connect(":memory:" if path is None else path, isolation_level=None, timeout=5)
         try:
-            db = sqlite3.connect(path, isolation_level=None, timeout=5)
             db.execute("pragma journal_mode=wal")
             db.execute("pragma synchronous=normal")
             db.execute("pragma cache_size=-256")
             db.execute("pragma wal_autocheckpoint=200")
             db.executescript(_SCHEMA)
+            row = db.execute("select count(*), coalesce(sum(length(payload)), 0) from spool").fetchone()
+        except sqlite3.Error:
+            db.close()
+            raise
+        if path is not None:
             path.chmod(0o600)
-        except sqlite3.OperationalError as error:
-            raise EnvironmentFault(
-                "outbox.unusable", f"{path}: {error}.", hint="Check the disk and the folder's owner."
-            ) from error
-        return db
+        return db, int(row[0]), int(row[1]) + int(row[0]) * ROW_OVERHEAD_BYTES
 
     @staticmethod
     def _set_aside(path: Path) -> None:
@@ -93,10 +101,6 @@ class Outbox:
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         path.replace(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
-
-    def _measure(self) -> tuple[int, int]:
-        row = self._db.execute("select count(*), coalesce(sum(length(payload)), 0) from spool").fetchone()
-        return int(row[0]), int(row[1]) + int(row[0]) * ROW_OVERHEAD_BYTES
 
     @property
     def count(self) -> int:
@@ -136,7 +140,10 @@ class Outbox:
         freed = 0
         ids: list[tuple[int]] = []
         groups: dict[tuple[int, Kind], list[int]] = {}
-        query = "select id, boot, seq, kind, length(payload) from spool where kind in ('w', 'ev') order by kind desc, id"
+        query = (
+            "select id, boot, seq, kind, length(payload) from spool where kind in ('w', 'ev') "
+            "or kind = 'rep' and id < (select max(id) from spool where kind = 'rep') order by kind desc, id"
+        )
         for row_id, boot, seq, kind, length in self._db.execute(query):
             ids.append((row_id,))
             groups.setdefault((boot, kind), []).append(seq)
@@ -150,10 +157,20 @@ class Outbox:
         ]
 
     def _remove(self, ids: Sequence[tuple[int]]) -> None:
+        count = size = 0
         self._db.execute("begin")
-        self._db.executemany("delete from spool where id = ?", ids)
-        self._db.execute("commit")
-        self._count, self._bytes = self._measure()
+        try:
+            for row_id in ids:
+                row = self._db.execute("select length(payload) from spool where id = ?", row_id).fetchone()
+                if row is not None:
+                    self._db.execute("delete from spool where id = ?", row_id)
+                    count, size = count + 1, size + int(row[0]) + ROW_OVERHEAD_BYTES
+            self._db.execute("commit")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("rollback")
+            raise
+        self._count, self._bytes = self._count - count, self._bytes - size
 
     def confirm(self, ids: Sequence[int]) -> None:
         """The broker accepted these: forget them."""

@@ -9,6 +9,7 @@ the signed metadata's record of its release): the last good model keeps serving 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -73,9 +74,10 @@ class DirLock:
                 f"{self._path.parent}: another agent (process {holder}) runs on this state folder.",
                 hint="Stop it first, or give this agent a --state-dir of its own.",
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, without its holder's name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back."""

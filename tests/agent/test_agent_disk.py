@@ -70,3 +70,30 @@ def test_disk_without_a_free_byte_stops_neither_serving_nor_the_agent(world, mak
     assert agent.served() == "1.0"
     (seen / "filler").unlink()
     agent.wait_served("2.0")
+
+
+def test_agent_starts_and_serves_on_a_disk_without_a_free_byte(world, make_agent, tmp_path):
+    """After a power cut in the middle of an installation nothing can be tidied up or spooled; the model serves all the same."""
+    world.publish("1.0", seed=1)
+    agent = make_agent(broker="mqtt://127.0.0.1:1", disk_reserve_bytes=0).start()
+    agent.wait_served("1.0")
+    agent.stop()
+    world.publish("2.0", seed=2)
+    agent.start(EDGEKIT_FAULT="kill:staging")
+    agent.process.wait(30)
+    kept = tmp_path / "kept"
+    agent.state_dir.rename(kept)
+    agent.state_dir.mkdir()
+    (kept / "agent.lock").unlink()
+    full = f"cp -a {kept}/. {agent.state_dir} && (dd if=/dev/zero of={agent.state_dir}/filler bs=4096 2>/dev/null || true)"
+    prefix = in_namespace(agent.state_dir)
+    prefix = (*prefix, "sh", "-c", f'{full}; exec "$@"', "sh")
+    done = subprocess.run([*in_namespace(agent.state_dir), "true"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this system does not let us mount a small disk: {done.stderr.strip()}")
+    agent.start(prefix=prefix)
+    agent.wait_served("1.0")
+    assert agent.infer([0, 0, 0, 0])[0] == 200
+    seen = Path(f"/proc/{agent.process.pid}/root") / agent.state_dir.relative_to("/")
+    (seen / "filler").unlink()
+    agent.wait_served("2.0")

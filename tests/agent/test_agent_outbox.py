@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,3 +92,50 @@ def test_counters_agree_with_the_file(tmp_path_factory, messages):
     db = sqlite3.connect(path)
     assert db.execute("select count(*) from spool").fetchone()[0] == box.count
     assert box.size_bytes == sum(len(row.payload) + 64 for row in box.read(kinds=("w", "ev", "rep"), limit=1000))
+
+
+def test_spool_damaged_inside_is_set_aside(tmp_path):
+    """The header is whole, a page is not: nothing of it shows before the messages are counted."""
+    path = tmp_path / "o.db"
+    box = Outbox(path, max_bytes=1 << 20)
+    fill(box, 200, size=500)
+    box.close()
+    data = bytearray(path.read_bytes())
+    for start in range(3 * 4096, len(data), 4096):
+        data[start : start + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    box = Outbox(path, max_bytes=CAP)
+    fill(box, 1)
+    assert box.count == 1
+    assert [p for p in tmp_path.iterdir() if "damaged" in p.name]
+
+
+def test_spool_without_a_file_is_kept_in_memory(tmp_path):
+    box = Outbox(tmp_path / "missing" / "o.db", max_bytes=CAP)
+    fill(box, 2)
+    box.confirm([1])
+    assert box.count == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removal_that_fails_leaves_no_open_transaction(tmp_path):
+    path = tmp_path / "o.db"
+    box = Outbox(path, max_bytes=CAP)
+    fill(box, 2)
+    box._db.execute("create trigger t before delete on spool when old.id = 2 begin select raise(fail, 'full'); end")
+    with pytest.raises(sqlite3.Error):
+        box.confirm([1, 2])
+    assert box.count == 2
+    box._db.execute("drop trigger t")
+    fill(box, 1, start=3)
+    assert sqlite3.connect(path).execute("select count(*) from spool").fetchone()[0] == box.count == 3
+
+
+def test_states_that_a_newer_one_replaces_go_before_events(tmp_path):
+    box = Outbox(tmp_path / "o.db", max_bytes=CAP)
+    fill(box, 5, kind="ev")
+    dropped = fill(box, 300, kind="rep", start=6)
+    assert box.size_bytes <= CAP
+    assert {drop.kind for drop in dropped} == {"rep"}
+    assert len(box.read(kinds=("ev",))) == 5
+    assert box.read(kinds=("rep",), limit=1000)[-1].seq == 305
