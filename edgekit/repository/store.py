@@ -8,7 +8,8 @@
 
 The keys lie elsewhere: root, targets, snapshot and timestamp, Ed25519, mode 0600. Everything is written durably, in an order
 that keeps the repository servable at every moment: blobs, manifest, targets, snapshot, and last the timestamp, which makes it
-all visible at once. A version number is never used twice. Metadata is extended only where our own root's keys signed it.
+all visible at once. A version number is never used twice. Metadata is extended only where our own root's keys signed it; the
+root's public key lies with the private keys, since what lies in the served folders may have been exchanged, the root too.
 
     >>> init_repository(Path("repository"), keys_dir=Path("keys"))             # doctest: +SKIP
     >>> publish(Path("repository"), Path("fashion-1.0.0.edgekit")).info.counter  # doctest: +SKIP
@@ -174,18 +175,44 @@ class _Store:
             )
         return known
 
-    def chain(self) -> _Chain:
+    def root_keys(self) -> tuple[PublicKey, ...]:
+        """The root's public keys as they lie with the private ones, out of the reach of whoever serves the repository."""
+        found = [load_public_key(path) for path in sorted(self.keys_dir.glob("root*.pub"))]
+        return tuple(found) or tuple(load_signer(path).public_key for path in sorted(self.keys_dir.glob("root*.pem")))
+
+    def chain(self, *, is_to_be_extended: bool = False) -> _Chain:
         """The current metadata.
+
+        Args:
+            is_to_be_extended: something will be signed on top: then the root's public key must be here.
 
         Raises:
             RepositoryError: ``repository.damaged`` when a file is missing or does not parse.
             TrustError: ``repository.foreign_metadata`` when our keys did not sign it.
+            UsageError: ``repository.no_key``.
         """
-        root = self._load(Root, f"{_highest(self.metadata, 'root')}.root.json", None)
+        name = f"{_highest(self.metadata, 'root')}.root.json"
+        root = self._load(Root, name, None)
+        self._check_root(self.metadata / name, is_needed=is_to_be_extended)
         timestamp = self._load(Timestamp, "timestamp.json", root)
         snapshot = self._load(Snapshot, f"{timestamp.snapshot_meta.version}.snapshot.json", root)
         targets = self._load(Targets, f"{snapshot.meta['targets.json'].version}.targets.json", root)
         return _Chain(root=root, targets=targets, snapshot=snapshot, timestamp=timestamp)
+
+    def _check_root(self, path: Path, *, is_needed: bool) -> None:
+        """The root vouches for everything else, so it must not vouch for itself alone: one of our own keys signed it."""
+        keys = self.root_keys()
+        if not keys and is_needed:
+            raise UsageError(
+                "repository.no_key",
+                f"{self.keys_dir}: no public key of the role root (root.pub).",
+                hint="Put root.pub beside the other keys; the private root key may stay away.",
+            )
+        metadata: Metadata[Root] = Metadata[Root].from_bytes(path.read_bytes())
+        signed = metadata.signed_bytes
+        signatures = [bytes.fromhex(signature.signature) for signature in metadata.signatures.values()]
+        if keys and not any(key.is_valid(signature, signed) for key in keys for signature in signatures):
+            raise _foreign(path)
 
     def _load(self, kind: type[S], name: str, root: Root | None) -> S:
         path = self.metadata / name
@@ -201,11 +228,7 @@ class _Store:
         try:
             (root or signed).verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)  # type: ignore[union-attr]
         except (TufRepositoryError, ValueError) as error:
-            raise TrustError(
-                "repository.foreign_metadata",
-                f"{path}: not signed by this repository's keys; it was exchanged.",
-                hint="Restore the repository from its backup; nothing was signed on top of it.",
-            ) from error
+            raise _foreign(path) from error
         return signed
 
     def write(self, signed: Root | Targets | Snapshot | Timestamp, name: str, signers: Sequence[Signer]) -> bytes:
@@ -236,6 +259,14 @@ class _Store:
         chain.timestamp.version += 1
         chain.timestamp.expires = self.expires("timestamp", now)
         self.write(chain.timestamp, "timestamp.json", keys["timestamp"])
+
+
+def _foreign(path: Path) -> TrustError:
+    return TrustError(
+        "repository.foreign_metadata",
+        f"{path}: not signed by this repository's keys; it was exchanged.",
+        hint="Restore the repository from its backup; nothing was signed on top of it.",
+    )
 
 
 def _highest(folder: Path, role: str) -> int:
@@ -270,7 +301,11 @@ def init_repository(
         make_folder(path)
     make_folder(keys, mode=0o700)
     with store.locked():
-        _write_first_metadata(store, {role: _role_signers(keys, role) for role in ROLES}, _now(now))
+        signers = {role: _role_signers(keys, role) for role in ROLES}
+        for number, signer in enumerate(signers["root"], 1):
+            name = "root.pub" if number == 1 else f"root-{number}.pub"
+            write_durably(keys / name, [signer.public_key.to_pem().encode()])
+        _write_first_metadata(store, signers, _now(now))
         write_durably(folder / CONFIG_FILE, [encode_json(store.config)])
     return repository_status(folder, now=now)
 
@@ -358,7 +393,7 @@ def publish(
     bundle = verify_bundle(bundle_path, trusted)
     moment = _now(now)
     with store.locked():
-        chain = store.chain()
+        chain = store.chain(is_to_be_extended=True)
         existing = _existing(chain.targets, bundle, channel, is_again=is_again)
         if existing is not None:
             return existing
@@ -475,7 +510,7 @@ def refresh_repository(folder: Path, *, is_targets_too: bool = False, now: datet
     """
     store = _Store.open(folder)
     with store.locked():
-        store.commit(store.chain(), now=_now(now), is_targets_new=is_targets_too)
+        store.commit(store.chain(is_to_be_extended=True), now=_now(now), is_targets_new=is_targets_too)
     return repository_status(folder, now=now)
 
 

@@ -14,6 +14,7 @@ from edgekit.errors import EdgekitError, RepositoryError, TrustError, UsageError
 from edgekit.repository.server import RepositoryServer
 from edgekit.repository.store import (
     Expiry,
+    _Store,
     add_publisher,
     check_repository,
     init_repository,
@@ -76,8 +77,8 @@ def releases_seen(repo, cache, *, now=NOW):
 
 def test_init_makes_separate_private_keys(repo):
     keys = repo.parent / "keys"
-    assert sorted(p.name for p in keys.iterdir()) == ["root.pem", "snapshot.pem", "targets.pem", "timestamp.pem"]
-    assert {stat.S_IMODE(p.stat().st_mode) for p in keys.iterdir()} == {0o600}
+    assert sorted(p.name for p in keys.iterdir()) == ["root.pem", "root.pub", "snapshot.pem", "targets.pem", "timestamp.pem"]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in keys.glob("*.pem")} == {0o600}
     assert stat.S_IMODE(keys.stat().st_mode) == 0o700
     status = repository_status(repo, now=NOW)
     assert len({keyid for role in status.roles for keyid in role.keyids}) == 4
@@ -224,6 +225,40 @@ def test_nothing_is_signed_on_top_of_exchanged_metadata(place, repo, signer, tmp
             action()
         assert caught.value.code == "repository.foreign_metadata"
     assert tree_digests(repo / "metadata") == before
+
+
+def test_nothing_is_signed_on_top_of_an_exchanged_root(place, repo, signer):
+    """The intruder brings a root of their own that trusts their keys beside ours, and signs everything with theirs."""
+    publish(repo, bundle(place, signer), now=NOW)
+    store, stranger = _Store.open(repo), generate_signer()
+    chain = store.chain()
+    chain.root.version = 2
+    for role in ("root", "targets", "snapshot", "timestamp"):
+        chain.root.add_key(stranger.tuf_signer().public_key, role)
+    store.write(chain.root, "2.root.json", [stranger])
+    chain.targets.targets["models/kws/1.0.0/manifest.json"].hashes["sha256"] = "0" * 64
+    store.write(chain.targets, "2.targets.json", [stranger])
+    store.write(chain.snapshot, "2.snapshot.json", [stranger])
+    store.write(chain.timestamp, "timestamp.json", [stranger])
+    before = tree_digests(repo / "metadata")
+    for action in (
+        lambda: publish(repo, bundle(place, signer, "2.0.0"), now=NOW),
+        lambda: refresh_repository(repo, now=NOW),
+        lambda: repository_status(repo, now=NOW),
+    ):
+        with pytest.raises(TrustError) as caught:
+            action()
+        assert caught.value.code == "repository.foreign_metadata"
+    assert tree_digests(repo / "metadata") == before
+
+
+def test_publishing_needs_the_public_root_key(place, repo, signer):
+    for name in ("root.pem", "root.pub"):
+        (place / "keys" / name).unlink()
+    with pytest.raises(UsageError) as caught:
+        publish(repo, bundle(place, signer), now=NOW)
+    assert caught.value.code == "repository.no_key"
+    assert repository_status(repo, now=NOW).releases == ()
 
 
 def test_refresh_extends_the_expiry(place, repo, signer, tmp_path):
