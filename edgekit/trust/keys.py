@@ -174,10 +174,14 @@ def create_file(path: Path, data: bytes, *, mode: int) -> None:
         ) from None
     except OSError as error:
         raise UsageError("key.unwritable", f"{path}: cannot be written: {error.strerror}.") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half a key must not stand in the way of a whole one
+        raise UsageError("key.unwritable", f"{path}: cannot be written: {error.strerror}.") from error
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

@@ -150,7 +150,7 @@ class Transport:
             response = self._request(url, headers or {})
             if response.status not in _REDIRECTS:
                 return self._checked(response, url, ok)
-            location = urljoin(url, response.headers.get("Location", ""))
+            location = _joined(url, response.headers.get("Location", ""))
             response.close()
             if _origin(location) != origin:
                 raise TransportError("redirect", f"{url}: redirects to another server, {location}; that is not followed")
@@ -236,9 +236,16 @@ def _watched(connections: weakref.WeakSet[HTTPConnection], *, is_tls: bool) -> t
     return Watched
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
+def _joined(url: str, location: str) -> str:
     try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise TransportError("redirect", f"{url}: redirects to {location[:200]!r}, which is not an address") from error
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    try:
+        parts = urlsplit(url)
         return parts.scheme.lower(), parts.hostname, parts.port
     except ValueError as error:
         raise TransportError("unreachable", f"{url}: not a valid address") from error

@@ -548,6 +548,14 @@ def test_redirect_to_another_server_is_not_followed(world):
         assert world.refused(server.url) == "repository.unreachable"
 
 
+def test_redirect_to_what_is_no_address(world):
+    def redirect(connection, stop):
+        connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://[x/y\r\nContent-Length: 0\r\n\r\n")
+
+    with Rude(redirect) as server:
+        assert world.refused(server.url) == "repository.unreachable"
+
+
 def test_metadata_disk_full(world, monkeypatch):
     import errno
     import os

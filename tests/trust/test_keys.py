@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -107,6 +108,17 @@ def test_private_key_is_never_replaced(signer, tmp_path):
         save_signer(generate_signer(), tmp_path / "k.pem")
     assert caught.value.code == "key.exists"
     assert load_signer(tmp_path / "k.pem").keyid == signer.keyid
+
+
+def test_private_key_that_cannot_be_written_leaves_no_file(signer, tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError) as caught:
+        save_signer(signer, tmp_path / "k.pem")
+    assert caught.value.code == "key.unwritable"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_private_key_is_not_written_through_a_dangling_link(signer, tmp_path):
