@@ -10,6 +10,7 @@ the same wherever the expected top two differ by more than twice the tolerance.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def run_golden(session: Runner, golden: GoldenSet) -> GoldenResult:
     """
     if not golden.samples:
         raise ArtifactError("golden.empty", "the bundle has no golden samples: a model cannot be tested without them.")
+    _check_golden(golden)
     worst = 0.0
     latencies: list[float] = []
     for index, sample in enumerate(golden.samples):
@@ -96,6 +98,16 @@ def run_golden(session: Runner, golden: GoldenSet) -> GoldenResult:
     count = len(golden.samples)
     reason = f"{count} of {count} golden samples match; worst at {worst:.0%} of the tolerance"
     return GoldenResult(is_passed=True, worst_error=worst, reason=reason, latencies_ms=tuple(latencies))
+
+
+def _check_golden(golden: GoldenSet) -> None:
+    """A set that any model would pass tests nothing."""
+    if not all(math.isfinite(value) and value >= 0 for value in (golden.atol, golden.rtol)):
+        raise ArtifactError(
+            "golden.malformed", f"atol {golden.atol}, rtol {golden.rtol}: a tolerance is finite and not negative."
+        )
+    if not all(sample.outputs for sample in golden.samples):
+        raise ArtifactError("golden.malformed", "a golden sample expects no output: it would match everything.")
 
 
 def _failed(index: int, golden: GoldenSet, worst: float, why: str, latencies: list[float]) -> GoldenResult:
@@ -135,7 +147,7 @@ def _compare(name: str, actual: Array, expected: Array, golden: GoldenSet) -> tu
     worst = float(ratios.max())
     if golden.is_top1_checked and (why := _other_class(name, actual, expected, golden)):
         return worst, why
-    if (error > tolerance).any():
+    if not (error <= tolerance).all():  # also where an expected value is NaN
         place = np.unravel_index(int(ratios.argmax()), ratios.shape)
         at = f"{name}[{', '.join(str(int(i)) for i in place)}]"
         return worst, f"{at} is {actual[place]:.6g}, expected {expected[place]:.6g} ± {tolerance[place]:.3g}"

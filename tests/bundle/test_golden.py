@@ -305,3 +305,22 @@ def test_pack_failed_candidate(tmp_path, signer):
     with pytest.raises(ArtifactError) as caught:
         pack(folder, tmp_path / "a.edgekit", signer)
     assert caught.value.code == "candidate.failed"
+
+
+@pytest.mark.parametrize("tolerance", [{"atol": float("nan")}, {"atol": float("inf")}, {"rtol": float("nan")}, {"atol": -1.0}])
+def test_tolerance_that_tests_nothing_refused(tolerance):
+    with pytest.raises(ArtifactError) as caught:
+        run_golden(Answers(lambda _: np.full((1, 3), 9.0, np.float32)), golden_set([[1.0, 2.0, 3.0]], **tolerance))
+    assert caught.value.code == "golden.malformed"
+
+
+def test_sample_that_expects_nothing_refused():
+    golden = golden_set([[1.0]])
+    blank = msgspec.structs.replace(golden.samples[0], outputs={})
+    with pytest.raises(ArtifactError) as caught:
+        run_golden(Answers(lambda _: np.ones((1, 1))), msgspec.structs.replace(golden, samples=(*golden.samples, blank)))
+    assert caught.value.code == "golden.malformed"
+
+
+def test_expected_value_that_is_not_finite_matches_nothing():
+    assert not run_golden(Answers(lambda _: np.ones((1, 2), np.float32)), golden_set([[1.0, float("nan")]])).is_passed
