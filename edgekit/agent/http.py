@@ -30,6 +30,7 @@ MAX_PIPELINED = 16
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 0.5
 ACCEPTS_PER_TURN = 64
+ACCEPT_RETRY_S = 1.0
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -65,14 +66,14 @@ def error_answer(status: int, message: str, *, code: str, headers: Iterable[tupl
     return Answer(status=status, body=body, headers=tuple(headers))
 
 
-def format_answer(answer: Answer, *, is_closing: bool) -> bytes:
-    """The bytes of an answer."""
+def format_answer(answer: Answer, *, is_closing: bool, is_head: bool = False) -> bytes:
+    """The bytes of an answer; the answer to HEAD has no body, whatever its length says."""
     head = [f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, 'Unknown')}"]
     head.append(f"content-type: {answer.content_type}\r\ncontent-length: {len(answer.body)}")
     head += [f"{name}: {value}" for name, value in answer.headers]
     if is_closing:
         head.append("connection: close")
-    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + answer.body
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + (b"" if is_head else answer.body)
 
 
 @dataclass
@@ -103,6 +104,7 @@ class _Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
         self._is_paused = False
+        self._is_write_paused = False
         self.touched = time.monotonic()
         self._reset()
 
@@ -125,10 +127,12 @@ class _Connection(asyncio.Protocol):
         self._server.forget(self)
 
     def pause_writing(self) -> None:
+        self._is_write_paused = True
         self._pause()
 
     def resume_writing(self) -> None:
-        self._resume()
+        self._is_write_paused = False
+        self._pump()
 
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
@@ -227,17 +231,17 @@ class _Connection(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Answer everything that can be answered now, in order."""
-        while self._queue and self._task is None and not self._is_closing:
+        while self._queue and self._task is None and not (self._is_closing or self._is_write_paused):
             item = self._queue.popleft()
             if isinstance(item, Answer):
                 self._send(item, is_keep_alive=False)
                 return
             result = self._server.handle(item)
             if isinstance(result, Answer):
-                self._send(result, is_keep_alive=item.is_keep_alive)
+                self._send(result, is_keep_alive=item.is_keep_alive, is_head=item.method == "HEAD")
             else:
                 self._task = asyncio.ensure_future(self._finish(result, item))
-        if len(self._queue) < MAX_PIPELINED // 2:
+        if len(self._queue) < MAX_PIPELINED // 2 and not self._is_write_paused:
             self._resume()
 
     async def _finish(self, pending: Awaitable[Answer], request: Request) -> None:
@@ -247,16 +251,16 @@ class _Connection(asyncio.Protocol):
             logger.exception("event=request_failed path=%s", request.path)
             answer = error_answer(500, "internal error; the agent's log has the trace", code="agent.bug")
         self._task = None
-        self._send(answer, is_keep_alive=request.is_keep_alive)
+        self._send(answer, is_keep_alive=request.is_keep_alive, is_head=request.method == "HEAD")
         self._pump()
 
-    def _send(self, answer: Answer, *, is_keep_alive: bool) -> None:
+    def _send(self, answer: Answer, *, is_keep_alive: bool, is_head: bool = False) -> None:
         transport = self._transport
         if transport is None or transport.is_closing():
             self._is_closing = True
         else:
             is_last = not is_keep_alive or (self._server.is_draining and not self._queue and not self._started)
-            transport.write(format_answer(answer, is_closing=is_last))
+            transport.write(format_answer(answer, is_closing=is_last, is_head=is_head))
             self.touched = time.monotonic()
             if is_last:
                 self._is_closing = True
@@ -273,6 +277,9 @@ class _Connection(asyncio.Protocol):
         """Close when it is silent for too long."""
         limits = self._server.limits
         if self._transport is None or self._task is not None:
+            return
+        if (self._is_closing or self._is_write_paused) and now - self.touched > limits.request_seconds:
+            self._transport.abort()  # the client does not read what it asked for
             return
         if self._started:
             if now - self._started > limits.request_seconds:
@@ -326,6 +333,8 @@ class Server:
                 return
             except OSError as error:
                 logger.error("event=accept_failed error=%s", error)  # noqa: TRY400 - out of descriptors: the trace says nothing
+                loop.remove_reader(self._listener.fileno())  # else it would fail again at once, for ever
+                loop.call_later(ACCEPT_RETRY_S, self._accept_again)
                 return
             client.setblocking(False)  # noqa: FBT003 - the same
             with contextlib.suppress(OSError):
@@ -333,6 +342,10 @@ class Server:
             task = loop.create_task(loop.connect_accepted_socket(lambda: _Connection(self), client))
             self._accepting.add(task)
             task.add_done_callback(self._accepted)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
 
     def _accepted(self, task: asyncio.Task[object]) -> None:
         self._accepting.discard(task)

@@ -11,6 +11,7 @@ that health checks are answered meanwhile.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from edgekit.agent.http import Answer, Request, error_answer
 from edgekit.agent.link import Model
 from edgekit.agent.meter import Meter
 from edgekit.errors import DataError, EdgekitError
+
+logger = logging.getLogger(__name__)
 
 INLINE_MS = 5.0
 MAX_QUEUED = 64
@@ -192,6 +195,9 @@ class Predictor:
             return self._counted(job, error_answer(400, error.message, code=error.code))
         except EdgekitError as error:
             return self._counted(job, error_answer(500, error.message, code=error.code))
+        except Exception:
+            logger.exception("event=request_failed path=%s", job.request.path)
+            return self._counted(job, error_answer(500, "internal error; the agent's log has the trace", code="agent.bug"))
 
     def _predict(self, job: _Job) -> Answer:
         length = job.request.headers.get(_JSON_LENGTH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 
 import pytest
@@ -239,3 +240,68 @@ def test_backlog_left_for_the_next_server():
         await new.drain(limit_seconds=5)
 
     asyncio.run(main())
+
+
+def test_answer_to_head_has_no_body_and_the_connection_goes_on():
+    async def test(_server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"HEAD /a HTTP/1.1\r\nhost: x\r\n\r\nGET /b HTTP/1.1\r\nhost: x\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"content-length: 8" in head
+        assert (await read_answer(reader))[2] == b"GET /b "
+        writer.close()
+
+    serve(test)
+
+
+def test_client_that_reads_nothing_is_not_answered_without_end():
+    """Answers wait for their reader; one that never reads is cut off."""
+    answered = []
+
+    def large(request: Request) -> Answer:
+        answered.append(request)
+        return Answer(status=200, body=bytes(1 << 20))
+
+    async def test(server, port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setblocking(False)
+            for _ in range(300):
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.1)
+            assert 0 < len(answered) < 30
+            for _ in range(200):
+                await asyncio.sleep(0.02)
+                if not server.connections:
+                    break
+            assert not server.connections
+
+    serve(test, handler=large, limits=Limits(request_seconds=0.3))
+
+
+def test_accepting_out_of_descriptors_waits_instead_of_spinning(monkeypatch):
+    monkeypatch.setattr("edgekit.agent.http.ACCEPT_RETRY_S", 0.2)
+
+    class Exhausted:
+        def __init__(self, listener):
+            self.listener, self.calls, self.is_exhausted = listener, 0, True
+
+        def accept(self):
+            self.calls += 1
+            if self.is_exhausted:
+                raise OSError(errno.EMFILE, "too many open files")
+            return self.listener.accept()
+
+        def __getattr__(self, name):
+            return getattr(self.listener, name)
+
+    async def test(server, port):
+        exhausted = server._listener = Exhausted(server._listener)
+        asking = asyncio.ensure_future(exchange(port, b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n"))
+        await asyncio.sleep(0.1)
+        assert exhausted.calls == 1
+        exhausted.is_exhausted = False
+        assert (await asking)[0][2] == b"GET /x "
+
+    serve(test)
