@@ -8,7 +8,8 @@
     root = "/etc/edgekit/root.json"
     broker = "mqtts://broker.example.com"
 
-Off loopback the repository must be https and the broker mqtts, unless ``allow_insecure`` says otherwise.
+Off loopback the repository must be https and the broker mqtts, and nothing is served, unless ``allow_insecure`` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -197,14 +198,34 @@ def check_config(config: AgentConfig) -> None:
         raise _invalid(f"outbox_bytes is {config.outbox_bytes}: expected at least {MIN_OUTBOX_BYTES}.")
     if not 0 <= config.port <= 65535:
         raise _invalid(f"port is {config.port}: expected 0..65535 (0: any free port).")
+    for field, least in (("threads", 1), ("max_request_bytes", 1), ("drain_s", 0), ("disk_reserve_bytes", 0)):
+        if not least <= getattr(config, field) < 1 << 40:
+            raise _invalid(f"{field} is {getattr(config, field):g}: expected at least {least}.")
+    if not is_loopback(config.host) and not config.allow_insecure:
+        raise UsageError(
+            "config.insecure",
+            f"host {config.host}: plain http, without any log-in, to other machines.",
+            hint="Serve on 127.0.0.1, or set allow_insecure = true if this network is yours.",
+        )
     if config.repository:
         _check_repository(config)
     if config.broker:
         parse_broker(config)
 
 
+def _split(url: str, name: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # refuses what is not a port
+    except ValueError as error:
+        raise _invalid(f"{name} {url!r}: {error}.") from error
+    return parts
+
+
 def _check_repository(config: AgentConfig) -> None:
-    url = urlsplit(config.repository)
+    url = _split(config.repository, "repository")
+    if url.username or url.password:
+        raise _invalid("repository: the URL holds a user name.", "Use cert_file and key_file to authenticate.")
     if url.scheme not in {"http", "https"} or not url.hostname:
         raise _invalid(f"repository {config.repository!r}: expected an http or https URL.")
     if not config.model:
@@ -233,7 +254,7 @@ def parse_broker(config: AgentConfig) -> Broker:
     Raises:
         UsageError: ``config.invalid`` or ``config.insecure``.
     """
-    url = urlsplit(config.broker)
+    url = _split(config.broker, "broker")
     if url.scheme not in MQTT_PORTS or not url.hostname or url.path not in {"", "/"}:
         raise _invalid(f"broker {config.broker!r}: expected mqtt://host[:port] or mqtts://host[:port].")
     if url.username or url.password:
@@ -244,8 +265,4 @@ def parse_broker(config: AgentConfig) -> Broker:
             f"broker {config.broker}: plain mqtt to another machine.",
             hint="Use mqtts://, or set allow_insecure = true if this network is yours.",
         )
-    try:
-        port = url.port or MQTT_PORTS[url.scheme]
-    except ValueError as error:
-        raise _invalid(f"broker {config.broker!r}: {error}.") from error
-    return Broker(host=url.hostname, port=port, is_tls=url.scheme == "mqtts")
+    return Broker(host=url.hostname, port=url.port or MQTT_PORTS[url.scheme], is_tls=url.scheme == "mqtts")

@@ -68,6 +68,14 @@ def test_missing_and_malformed_file(tmp_path):
         {"poll_s": 0},
         {"outbox_bytes": 100},
         {"window_s": float("nan")},
+        {"threads": 0},
+        {"drain_s": float("nan")},
+        {"max_request_bytes": 0},
+        {"disk_reserve_bytes": -1},
+        {"broker": "mqtt://[x"},
+        {"repository": "http://[x", "model": "m", "root": "r"},
+        {"repository": "http://127.0.0.1:99999", "model": "m", "root": "r"},
+        {"repository": "https://u:p@example.com", "model": "m", "root": "r"},
         {"broker": "tcp://x"},
         {"broker": "mqtt://127.0.0.1:99999"},
         {"broker": "mqtt://u:p@127.0.0.1"},
@@ -88,6 +96,8 @@ def test_name_that_fits_no_topic_refused(flags):
 def test_plain_traffic_off_loopback_refused_unless_allowed():
     refused("config.insecure", **LOCAL | {"repository": "http://example.com"})
     refused("config.insecure", broker="mqtt://10.0.0.1")
+    refused("config.insecure", host="0.0.0.0")
+    assert load_config(flags={"host": "0.0.0.0", "allow_insecure": True}, environ={}).host
     assert load_config(flags={"broker": "mqtt://10.0.0.1", "allow_insecure": True}, environ={}).broker
     assert load_config(flags=LOCAL | {"repository": "https://example.com"}, environ={}).repository
 
