@@ -31,8 +31,8 @@ from edgekit.agent.plan import (
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.state_store import StateStore
 from edgekit.agent.vitals import disk_free_bytes
+from edgekit.bundle.reader import parse_manifest
 from edgekit.errors import ArtifactError, DeviceError
-from edgekit.schema.base import decode_json
 from edgekit.schema.digest import hex_of
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
 from edgekit.schema.release import Release
@@ -107,7 +107,7 @@ class Installer:
             ReleaseRefused: it is damaged, not what metadata says, or nothing in it runs here.
         """
         with _final():
-            manifest = decode_json(data, Manifest, name=plan.release.manifest_path)
+            manifest = parse_manifest(data, name=plan.release.manifest_path)
             check_manifest(manifest, plan.release)
             variant = choose_variant(manifest, self._facts)
             refs = needed_blobs(manifest, variant)

@@ -178,7 +178,7 @@ def test_garbage_manifest_refused(bench):
     bench.shelf.manifests[release.manifest_digest] = b"{}"
     with pytest.raises(ReleaseRefused) as caught:
         bench.install()
-    assert caught.value.code == "record.malformed"
+    assert caught.value.code == "manifest.malformed"
 
 
 def test_network_failure_leaves_the_good_slot_alone(bench):
