@@ -40,6 +40,9 @@ def serve(
     group: str = typer.Option("", "--group", help="Share the ingest with the other servers of this group."),
     ca_file: str = typer.Option("", "--ca", help="Certificates to trust for mqtts.  [default: the system's]"),
     allow_remote: bool = typer.Option(False, "--allow-remote", help=f"Listen off loopback; needs a token in {TOKEN_VARIABLE}."),
+    allow_host: list[str] = typer.Option(
+        [], "--allow-host", help="A name under which a reverse proxy may open the pages without a token."
+    ),
     allow_insecure: bool = typer.Option(False, "--allow-insecure", help="Accept a broker without TLS off loopback."),
 ) -> None:
     """Ingest what devices report, store it, and serve the dashboard and /api/v1.
@@ -68,6 +71,7 @@ def serve(
         ca_file=ca_file,
         client_id=client_id,
         group=group,
+        allowed_hosts=tuple(allow_host),
     )
     server = FleetServer(config, is_plain_allowed=allow_insecure)
 
@@ -89,9 +93,18 @@ def _get(url: str, path: str) -> Any:
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - the same
             return json_module.load(answer)
-    except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
+    except urllib.error.HTTPError as error:
+        is_closed = error.code in {http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN}
+        hint = f"Set the server's token in {TOKEN_VARIABLE}." if is_closed else "Is this the fleet server's --url?"
+        raise EnvironmentFault("fleet.refused", f"{url}: answers {error.code} {error.reason}.", hint=hint) from error
+    except ValueError as error:
+        text = f"{url}: answers something else than JSON."
+        raise EnvironmentFault("fleet.refused", text, hint="Is this the fleet server's --url?") from error
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         raise EnvironmentFault(
-            "fleet.unreachable", f"{url}: the fleet server does not answer: {error}.", hint="Start it: edgekit fleet serve"
+            "fleet.unreachable", f"{url}: the fleet server does not answer: {reason}.", hint="Start it: edgekit fleet serve"
         ) from error
 
 
@@ -119,16 +132,41 @@ def _ago(now_s: float, time_ms: int) -> str:
     return f"{seconds} s ago"
 
 
+def _all_stored(database: str, state: str) -> list[dict[str, Any]]:
+    """The same from the database, without the server."""
+    from pathlib import Path
+
+    import msgspec
+
+    from edgekit.fleet.store import Store
+
+    if "://" not in database and not Path(database).is_file():
+        raise UsageError("fleet.database", f"{database}: no such file.", hint="Give the --db of edgekit fleet serve.")
+    store = Store(database)
+    try:
+        now_ms, after = time.time_ns() // 1_000_000, ""
+        found: list[dict[str, Any]] = []
+        while True:
+            page = store.devices(now_ms=now_ms, state=state, after=after, limit=_PAGE)
+            found += [msgspec.to_builtins(view) for view in page.devices]
+            after = page.next
+            if not after:
+                return found
+    finally:
+        store.close()
+
+
 @app.command()
 def devices(
     url: str = typer.Option("http://127.0.0.1:8420", "--url", help="The fleet server."),
+    database: str = typer.Option("", "--db", help="Read this database instead of asking a server."),
     state: str = typer.Option("", "--state", help="Only online, stale or offline devices."),
     json: bool = typer.Option(False, "--json", help="Print the records as JSON."),
 ) -> None:
     """List devices with state, release, latency, throughput and when they were last seen."""
     if state not in {"", "online", "stale", "offline"}:
         raise UsageError("fleet.state", f"--state {state}: no such state.", hint="Choose online, stale or offline.")
-    found = _all_devices(url, state)
+    found = _all_stored(database, state) if database else _all_devices(url, state)
     if json:
         out_json(found)
         return

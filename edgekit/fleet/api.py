@@ -18,7 +18,7 @@ PREFIX = "/api/v1"
 DEFAULT_SERIES_MS = 3_600_000
 MAX_METRICS = 12
 
-_kinds = (views.Health, views.FleetView, views.DevicePage, views.DeviceDetail, views.Series, views.EventPage)
+_kinds = (views.Health, views.FleetView, views.ReleaseView, views.DevicePage, views.DeviceDetail, views.Series, views.EventPage)
 _schemas, COMPONENTS = msgspec.json.schema_components(_kinds, ref_template="#/components/schemas/{name}")
 _schema_of: dict[type, Any] = dict(zip(_kinds, _schemas, strict=True))
 
@@ -60,6 +60,11 @@ def make_router(store: Store, ingest: Callable[[], IngestStatus]) -> APIRouter:
     def fleet() -> Response:
         """The overview: states, releases, what needs attention."""
         return _answer(store.fleet(now_ms()))
+
+    @router.get("/releases", responses=_documented(views.ReleaseView, is_list=True), response_class=Response)
+    def releases() -> Response:
+        """Which model versions run where, and how many devices refuse them."""
+        return _answer(store.releases())
 
     @router.get("/devices", responses=_documented(views.DevicePage), response_class=Response)
     def devices(

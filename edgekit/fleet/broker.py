@@ -7,6 +7,7 @@ access rules, by ``--broker mqtts://host``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import tempfile
@@ -41,22 +42,29 @@ max_inflight_count = {inflight}
 """
 
 
-def check_port(port: int, *, what: str, option: str) -> None:
-    """Refuse a loopback port that something listens on.
+def check_port(port: int, *, what: str, option: str, host: str = "127.0.0.1") -> None:
+    """Refuse a port that something listens on, or that may not be listened on.
 
     Raises:
-        EnvironmentFault: ``port.in_use``, naming the port and the option that changes it.
+        EnvironmentFault: ``port.in_use`` or ``port.unavailable``, naming the port and the option that changes it.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise EnvironmentFault(
                 "port.in_use",
-                f"port {port} for the {what} is in use on 127.0.0.1.",
+                f"port {port} for the {what} is in use on {host}.",
                 hint=f"Stop what listens there, or give another port with {option}.",
             ) from error
+        raise EnvironmentFault(
+            "port.unavailable",
+            f"{host} port {port} for the {what}: {error.strerror or error}.",
+            hint=f"Give an address of this machine, and a port from 1024 on with {option}.",
+        ) from error
 
 
 class EmbeddedBroker:

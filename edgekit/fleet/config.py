@@ -41,6 +41,8 @@ class FleetConfig:
     group: str = ""
     """Share the ingest with the other servers of this group; each needs its own ``client_id``."""
     ca_file: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the pages may be opened without a token, besides loopback's own."""
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,9 @@ paho's network thread decodes and queues; one writer thread takes what has come 
 acknowledges each message. The session is persistent: while this server is away the broker keeps what arrives. Order does not
 matter and what comes twice is one row, so several servers can share the subscriptions as a group. A single server must not: the
 broker would go on giving a share to the session of a group's member that is gone.
+
+A message that is malformed, or that the database can never hold, is counted for its device with the reason, acknowledged and
+passed over: no device can hold up the others. When the database itself fails, nothing is acknowledged, and it is tried again.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgekit.errors import ArtifactError, EdgekitError
+from edgekit.errors import ArtifactError, EnvironmentFault
+from edgekit.fleet.admission import check_message
 from edgekit.fleet.config import BrokerAddress
 from edgekit.fleet.store import Store
 from edgekit.fleet.views import IngestStatus
-from edgekit.fleet.writing import Received
+from edgekit.fleet.writing import Fault, Received
 from edgekit.schema.message import AnyMessage, Birth, Death, Event, Heartbeat, Reported, WindowBatch
 from edgekit.telemetry.codec import decode
 from edgekit.telemetry.topics import UPLINK, Verb, parse_topic, subscription
@@ -53,24 +57,32 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class _Queued:
-    """A message to write (None: malformed, only to acknowledge), with its packet id and QoS."""
+    """A message to write, or why it is not (None: not even its topic is ours), with its packet id and QoS."""
 
-    received: Received | None
+    content: Received | Fault | None
     mid: int
     qos: int
 
 
-def read_message(topic: str, payload: bytes, received_ms: int) -> Received:
-    """A message from its topic and bytes.
+def _check_verb(message: AnyMessage, verb: Verb) -> None:
+    if not isinstance(message, _KINDS.get(verb, ())):
+        raise ArtifactError("telemetry.malformed", f"a {type(message).__name__} does not belong on this topic.")
+
+
+def read_message(topic: str, payload: bytes, received_ms: int, *, is_retained: bool = False) -> Received | Fault:
+    """A message from its topic and bytes, or why it is refused: malformed, out of range, or on another verb's topic.
 
     Raises:
-        ArtifactError: ``telemetry.topic`` or ``telemetry.malformed``, also when the message does not belong to its verb.
+        ArtifactError: ``telemetry.topic``.
     """
     site, device, verb = parse_topic(topic)
-    message: AnyMessage = decode(payload)
-    if not isinstance(message, _KINDS.get(verb, ())):
-        raise ArtifactError("telemetry.malformed", f"{topic}: a {type(message).__name__} does not belong on this topic.")
-    return Received(site=site, device=device, message=message, received_ms=received_ms)
+    try:
+        message: AnyMessage = decode(payload)
+        _check_verb(message, verb)
+        check_message(message)
+    except ArtifactError as error:
+        return Fault(site=site, device=device, error=f"{verb}: {error.message}", received_ms=received_ms)
+    return Received(site=site, device=device, message=message, received_ms=received_ms, is_retained=is_retained)
 
 
 class Ingest:
@@ -154,14 +166,20 @@ class Ingest:
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
         self.received += 1
+        content: Received | Fault | None = None
         try:
-            received: Received | None = read_message(message.topic, bytes(message.payload), time.time_ns() // 1_000_000)
-        except EdgekitError as error:
-            self.malformed += 1
-            self.last_malformed = f"{message.topic[:200]}: {error.message}"
-            logger.warning("event=message_refused topic=%r error=%r", message.topic[:200], error.message)
-            received = None
-        self._queue.put(_Queued(received, message.mid, message.qos))
+            payload, now_ms = bytes(message.payload), time.time_ns() // 1_000_000
+            content = read_message(message.topic, payload, now_ms, is_retained=message.retain)
+        except ArtifactError as error:
+            self._refused(message.topic[:200], error.message)
+        if isinstance(content, Fault):
+            self._refused(message.topic[:200], content.error)
+        self._queue.put(_Queued(content, message.mid, message.qos))
+
+    def _refused(self, where: str, error: str) -> None:
+        self.malformed += 1
+        self.last_malformed = f"{where}: {error}"
+        logger.warning("event=message_refused from=%r error=%r", where, error)
 
     def _take(self) -> tuple[list[_Queued], bool]:
         """What has come together, and whether the end was asked for."""
@@ -183,22 +201,42 @@ class Ingest:
         is_last = False
         while not is_last:
             batch, is_last = self._take()
-            if not self._store_until_done([item.received for item in batch if item.received]):
+            received = [item.content for item in batch if isinstance(item.content, Received)]
+            faults = [item.content for item in batch if isinstance(item.content, Fault)]
+            if not self._store_until_done(received, faults):
                 return
             for item in batch:
                 if item.qos:
                     with contextlib.suppress(ValueError):
                         self._client.ack(item.mid, item.qos)
 
-    def _store_until_done(self, batch: Sequence[Received]) -> bool:
-        """Write a batch, again after a while when the database refuses; False when we are stopping first."""
-        while batch:
+    def _store_until_done(self, batch: Sequence[Received], faults: Sequence[Fault]) -> bool:
+        """Write a batch, again after a while when the database fails; False when we are stopping first."""
+        while batch or faults:
             try:
-                self._store.apply(batch)
-            except EdgekitError as error:
+                self._store.apply(batch, faults)
+            except EnvironmentFault as error:
                 logger.error("event=store_failed messages=%d error=%r", len(batch), error.message)  # noqa: TRY400 - it says all
                 if self._is_stopping.wait(RETRY_SECONDS):
                     return False
+            except Exception as error:
+                if not batch:
+                    logger.exception("event=fault_lost")
+                    return True
+                return self._store_one_by_one(batch, faults, error)
             else:
                 return True
         return True
+
+    def _store_one_by_one(self, batch: Sequence[Received], faults: Sequence[Fault], error: Exception) -> bool:
+        """Find the message that cannot be stored, by halves, and note it as its device's fault."""
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return self._store_until_done(batch[:middle], faults) and self._store_until_done(batch[middle:], ())
+        item = batch[0]
+        reason = f"{type(item.message).__name__}: {error}"
+        self._refused(f"{item.site}/{item.device}", reason)
+        if not isinstance(error, ArtifactError):
+            logger.error("event=message_unstorable", exc_info=error)
+        fault = Fault(site=item.site, device=item.device, error=reason, received_ms=item.received_ms)
+        return self._store_until_done((), [*faults, fault])

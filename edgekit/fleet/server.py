@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Collection
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -14,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from edgekit import __version__
 from edgekit.fleet import api, dashboard
 from edgekit.fleet.broker import EmbeddedBroker, check_port
-from edgekit.fleet.config import EMBEDDED, BrokerAddress, FleetConfig, parse_broker
+from edgekit.fleet.config import EMBEDDED, BrokerAddress, FleetConfig, is_loopback, parse_broker
 from edgekit.fleet.ingest import Ingest
 from edgekit.fleet.store import Store
 from edgekit.fleet.views import IngestStatus
@@ -36,22 +39,53 @@ def _is_allowed(request: Request, token: str) -> bool:
     return any(hmac.compare_digest(candidate.encode(), token.encode()) for candidate in candidates if candidate)
 
 
-def make_app(store: Store, ingest: Ingest | None, *, token: str = "") -> FastAPI:
-    """The web application over a store."""
+def _is_known_host(request: Request, allowed: Collection[str]) -> bool:
+    """Whether the browser asked for this machine by a name that is ours.
+
+    Without a token, loopback is the only guard. A foreign page could get past it with a name of its own that resolves to
+    127.0.0.1 (DNS rebinding), but not without that name in the Host header.
+    """
+    try:
+        host = request.url.hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) or host in allowed
+
+
+def _make_redirect(request: Request, token: str) -> Response:
+    """Keep the token in a cookie, out of the address bar and the history."""
+    redirect = Response(status_code=303, headers={"Location": "/" + request.url.path.lstrip("/")})
+    is_secure = request.url.scheme == "https"
+    redirect.set_cookie(TOKEN_COOKIE, token, httponly=True, secure=is_secure, samesite="strict", max_age=30 * 86400)
+    return redirect
+
+
+def make_app(store: Store, ingest: Ingest | None, *, token: str = "", allowed_hosts: Collection[str] = ()) -> FastAPI:
+    """The web application over a store.
+
+    Args:
+        store: what it shows.
+        ingest: whose status ``/api/v1/health`` tells.
+        token: what each request must carry; empty for loopback.
+        allowed_hosts: names besides loopback's under which it may be opened without a token.
+    """
     app = FastAPI(
         title="edgekit fleet", version=__version__, docs_url=None, redoc_url=None, openapi_url=f"{api.PREFIX}/openapi.json"
     )
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def answer(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if token and not _is_allowed(request, token):
             given = request.query_params.get("token", "")
             if not given or not hmac.compare_digest(given.encode(), token.encode()):
                 return Response("401: give the token: Authorization: Bearer TOKEN, or open /?token=TOKEN\n", status_code=401)
-            redirect = Response(status_code=303, headers={"Location": request.url.path})
-            redirect.set_cookie(TOKEN_COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
-            return redirect
-        response = await call_next(request)
+            return _make_redirect(request, token)
+        if not token and not _is_known_host(request, allowed_hosts):
+            return Response("421: not opened under this name; start the server with --allow-host NAME\n", status_code=421)
+        return await call_next(request)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await answer(request, call_next)
         for name, value in SECURITY_HEADERS.items():
             response.headers.setdefault(name, value)
         return response
@@ -83,6 +117,23 @@ def _document(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+class _WebServer(uvicorn.Server):
+    """Says when the port accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
 class FleetServer:
     """Everything that ``edgekit fleet serve`` runs."""
 
@@ -94,7 +145,7 @@ class FleetServer:
             UsageError: ``config.broker`` or ``config.insecure``.
         """
         self.config = config
-        check_port(config.port, what="fleet server", option="--port")
+        check_port(config.port, what="fleet server", option="--port", host=config.host)
         self.embedded = EmbeddedBroker(config.broker_port) if config.broker == EMBEDDED else None
         if self.embedded:
             self.address = BrokerAddress(host="127.0.0.1", port=config.broker_port, is_tls=False)
@@ -106,22 +157,19 @@ class FleetServer:
     @property
     def url(self) -> str:
         """Where the dashboard is."""
-        return f"http://{self.config.host}:{self.config.port}"
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.config.port}"
 
     def run(self, on_ready: Callable[[], None]) -> None:
-        """Serve until SIGINT or SIGTERM.
+        """Serve until SIGINT or SIGTERM, then write what has arrived and end the broker.
 
         Args:
             on_ready: called when the pages can be opened.
+
+        Raises:
+            SystemExit: with 0, after SIGTERM.
         """
-        app = make_app(self.store, self.ingest, token=self.config.token)
-
-        @contextlib.asynccontextmanager
-        async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-            on_ready()
-            yield
-
-        app.router.lifespan_context = lifespan
+        app = make_app(self.store, self.ingest, token=self.config.token, allowed_hosts=self.config.allowed_hosts)
         settings = uvicorn.Config(
             app,
             host=self.config.host,
@@ -131,11 +179,13 @@ class FleetServer:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)  # uvicorn raises it again when the pages are closed
         try:
             if self.embedded:
                 self.embedded.start()
             self.ingest.start()
-            uvicorn.Server(settings).run()
+            _WebServer(settings, on_ready).run()
         finally:
             self.ingest.stop()
             if self.embedded:

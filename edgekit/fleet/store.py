@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Engine, Row, and_, create_engine, distinct, event, func, insert, or_, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from edgekit.errors import ArtifactError, EnvironmentFault
@@ -36,7 +36,7 @@ from edgekit.fleet.views import (
     Series,
     SlotView,
 )
-from edgekit.fleet.writing import Latest, Received, Writer
+from edgekit.fleet.writing import Fault, Latest, Received, Writer
 from edgekit.schema.message import Birth, MetricSpec, Reported
 from edgekit.telemetry.codec import decode, unpack_values
 from edgekit.telemetry.histogram import LatencyHistogram, bounds_of
@@ -140,20 +140,26 @@ class Store:
         """Messages that were there already, since the start."""
         return self._writer.duplicates
 
-    def apply(self, batch: Sequence[Received]) -> None:
-        """Write a batch in one transaction: all of it or nothing.
+    def apply(self, batch: Sequence[Received], faults: Sequence[Fault] = ()) -> None:
+        """Write a batch, and what was refused, in one transaction: all of it or nothing.
 
         Raises:
             EnvironmentFault: ``store.write_failed``; the batch may be given again.
+            ArtifactError: ``telemetry.unstorable``; one of the messages can never be stored.
         """
         with self._lock:
             before = (self._writer.stored, self._writer.duplicates)
             try:
                 with self._engine.begin() as connection:
                     changed = self._writer.apply(connection, batch)
+                    for fault in faults:
+                        self._writer.note_fault(connection, fault)
             except BaseException as error:
                 self._writer.forget()
                 self._writer.stored, self._writer.duplicates = before
+                if isinstance(error, (DataError, IntegrityError, OverflowError)):
+                    message = f"the database cannot hold a batch of {len(batch)} messages: {_first_line(error)}."
+                    raise ArtifactError("telemetry.unstorable", message) from error
                 if isinstance(error, SQLAlchemyError):
                     message = f"the database refused a batch of {len(batch)} messages: {_first_line(error)}."
                     raise EnvironmentFault("store.write_failed", message, hint="Check its disk.") from error
@@ -181,6 +187,7 @@ class Store:
             rows = connection.execute(select(row)).all()
             releases = self._releases(connection)
             attention = self._attention(connection, rows, now_ms)
+            refusing = self._refusing(connection, now_ms)
         states = [_state(item, now_ms) for item in rows]
         live = [_latest(item) for item, state in zip(rows, states, strict=True) if state == "online"]
         return FleetView(
@@ -190,15 +197,33 @@ class Store:
             stale=states.count("stale"),
             requests_per_s=sum(_throughput(latest) or 0.0 for latest in live),
             errors=sum(int(latest.values.get("errors", 0)) for latest in live),
+            outdated=_outdated(rows),
+            refusing=refusing,
             releases=releases,
             attention=attention,
         )
+
+    def releases(self) -> tuple[ReleaseView, ...]:
+        """Which model versions run, how many devices serve and refuse each, and at which sites."""
+        with self._reading() as connection:
+            return self._releases(connection)
+
+    @staticmethod
+    def _refusing(connection: Connection, now_ms: int) -> int:
+        """How many devices refused an installation in the last day."""
+        log = tables.events
+        statement = select(func.count(distinct(log.c.device_id)))
+        statement = statement.where(log.c.kind == "install_refused", log.c.time_ms >= now_ms - ATTENTION_MS)
+        return connection.execute(statement).scalar() or 0
 
     @staticmethod
     def _releases(connection: Connection) -> tuple[ReleaseView, ...]:
         row, log = tables.devices, tables.events
         keys = (row.c.model, row.c.version, row.c.counter, row.c.model_digest)
-        serving = connection.execute(select(*keys, func.count()).where(row.c.model != "").group_by(*keys)).all()
+        serving: dict[tuple[Any, ...], dict[str, int]] = {}
+        statement = select(*keys, row.c.site, func.count()).where(row.c.model != "").group_by(*keys, row.c.site)
+        for *key, site, number in connection.execute(statement.order_by(row.c.site)):
+            serving.setdefault(tuple(key), {})[site] = number
         refused = connection.execute(
             select(log.c.model, log.c.version, log.c.counter, func.count(distinct(log.c.device_id)))
             .where(log.c.kind == "install_refused")
@@ -211,10 +236,11 @@ class Store:
                 version=version,
                 counter=counter,
                 model_digest=digest,
-                serving=number,
+                serving=sum(sites.values()),
                 refusing=refusing.pop((model, version, counter), 0),
+                sites=sites,
             )
-            for model, version, counter, digest, number in serving
+            for (model, version, counter, digest), sites in serving.items()
         ]
         views += [
             ReleaseView(model=model, version=version, counter=counter, model_digest="", serving=0, refusing=number)
@@ -302,6 +328,7 @@ class Store:
             events = self._events(connection, [row.c.id == item.id], 100)
             specs = self._metrics(connection, item.id, item.boot)
             histogram = self._histogram(connection, item.id, now_ms - HISTOGRAM_MS)
+            fault = self._fault(connection, site, device)
         birth = decode(item.birth) if item.birth else None
         reported = decode(item.reported) if item.reported else None
         state = reported if isinstance(reported, Reported) else None
@@ -325,7 +352,14 @@ class Store:
             boot=f"{item.boot:016x}",
             booted_ms=item.booted_ms,
             latency_histogram=histogram,
+            refused_messages=fault.refused if fault else 0,
+            last_refused=fault.error if fault else "",
         )
+
+    @staticmethod
+    def _fault(connection: Connection, site: str, device: str) -> Row[Any] | None:
+        row = tables.faults
+        return connection.execute(select(row).where(row.c.site == site, row.c.device == device)).one_or_none()
 
     @staticmethod
     def _gaps(connection: Connection, device_id: int) -> GapView:
@@ -447,6 +481,14 @@ def _group_trouble(rows: Sequence[Row[Any]]) -> Iterator[Attention]:
         )
 
 
+def _outdated(rows: Sequence[Row[Any]]) -> int:
+    """How many devices serve an older release of a model than another device does."""
+    newest: dict[str, int] = {}
+    for item in rows:
+        newest[item.model] = max(newest.get(item.model, 0), item.counter)
+    return sum(item.counter < newest[item.model] for item in rows if item.model)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -519,7 +561,7 @@ def _point(item: Any, place: tuple[int, MetricSpec] | None) -> tuple[int, float]
         vector = unpack_values(item.vector)
     except ArtifactError:
         return None
-    if index >= len(vector) or math.isnan(vector[index]):
+    if index >= len(vector) or not math.isfinite(vector[index]):
         return None
     value = vector[index]
     if spec.kind == "count":

@@ -104,3 +104,13 @@ events = Table(
 )
 Index("events_by_device", events.c.device_id, events.c.id)
 Index("events_by_kind", events.c.kind, events.c.time_ms)
+
+faults = Table(
+    "faults",
+    metadata,
+    Column("site", String(64), primary_key=True),
+    Column("device", String(64), primary_key=True),
+    Column("refused", BigInteger, nullable=False),
+    Column("error", String(500), nullable=False),
+    Column("time_ms", BigInteger, nullable=False),
+)

@@ -103,6 +103,10 @@ class DeviceDetail(Record, frozen=True, kw_only=True):
     booted_ms: int = 0
     latency_histogram: tuple[tuple[float, float, int], ...] = ()
     """Lower and upper bound in ms, and count, of the last hour's requests."""
+    refused_messages: int = 0
+    """Messages on its topics that were malformed, or held what cannot be stored."""
+    last_refused: str = ""
+    """Why, for the last of them."""
 
 
 class Series(Record, frozen=True, kw_only=True):
@@ -122,6 +126,8 @@ class ReleaseView(Record, frozen=True, kw_only=True):
     model_digest: str
     serving: int
     refusing: int
+    sites: dict[str, int] = {}
+    """How many devices serve it, by site."""
 
 
 class Attention(Record, frozen=True, kw_only=True):
@@ -150,6 +156,10 @@ class FleetView(Record, frozen=True, kw_only=True):
     errors: int
     releases: tuple[ReleaseView, ...]
     attention: tuple[Attention, ...]
+    outdated: int = 0
+    """Devices that serve an older release of a model than another device does."""
+    refusing: int = 0
+    """Devices that refused an installation in the last day."""
 
 
 class DevicePage(Record, frozen=True, kw_only=True):

@@ -1,7 +1,9 @@
 """Messages into tables: one transaction a batch, each message once by (device, boot, seq).
 
-The rules: a birth opens a boot, a death of another boot than the last birth's is ignored; the newest reported state wins by
-time and seq; a window is only read with the metric names that its own boot declared.
+The rules: a birth opens a boot, and the birth that arrives last is the device's; a death of another boot is ignored; what the
+current boot says replaces what an earlier one said, and within a boot the newest wins. A device's clock decides nothing across
+boots: many have none that survives a power cut, and start in the past. A window is only read with the metric names that its own
+boot declared.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from edgekit.errors import ArtifactError
 from edgekit.fleet import tables
 from edgekit.fleet.gaps import SeqRanges
 from edgekit.schema.message import AnyMessage, Birth, Death, Event, Heartbeat, MetricSpec, Reported, Window, WindowBatch
-from edgekit.telemetry.codec import encode, schema_crc, unpack_values
+from edgekit.telemetry.codec import decode, encode, schema_crc, unpack_values
 
 SPARKLINE_POINTS = 30
 DETAIL_CHARACTERS = 2000
 MAX_BOOTS_CACHED = 20_000
+FAULT_CHARACTERS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,29 @@ class Received:
     device: str
     message: AnyMessage
     received_ms: int
+    is_retained: bool = False
+    """Kept by the broker from some time ago: no sign of life now."""
+
+    @property
+    def alive_ms(self) -> int:
+        """When the device was last known to live, going by this message; 0 when it says nothing of that."""
+        match self.message:
+            case Death(is_clean=False):
+                return 0
+            case Birth(time_ms=time_ms) | Reported(time_ms=time_ms) if self.is_retained:
+                return min(self.received_ms, time_ms)
+            case _:
+                return self.received_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A message of a device that was refused, and why."""
+
+    site: str
+    device: str
+    error: str
+    received_ms: int
 
 
 class Latest(msgspec.Struct, kw_only=True):
@@ -42,6 +68,7 @@ class Latest(msgspec.Struct, kw_only=True):
     values: dict[str, float] = {}
     duration_ms: int = 0
     sparkline: list[float | None] = []
+    boot: int = 0
 
 
 @dataclass
@@ -81,15 +108,24 @@ class Writer:
         touched: dict[int, int] = {}
         for item in batch:
             device_id = self._device(connection, item)
-            touched[device_id] = max(touched.get(device_id, 0), item.received_ms)
+            touched[device_id] = max(touched.get(device_id, 0), item.alive_ms)
             self._apply_one(connection, device_id, item)
-        for device_id, received_ms in touched.items():
+        for device_id, alive_ms in touched.items():
             row = tables.devices
             connection.execute(
-                update(row).where(row.c.id == device_id, row.c.last_seen_ms < received_ms).values(last_seen_ms=received_ms)
+                update(row).where(row.c.id == device_id, row.c.last_seen_ms < alive_ms).values(last_seen_ms=alive_ms)
             )
         self._save_boots(connection)
         return {(item.site, item.device) for item in batch}
+
+    @staticmethod
+    def note_fault(connection: Connection, fault: Fault) -> None:
+        """Count a refused message, and keep why."""
+        row = tables.faults
+        values = {"error": fault.error[:FAULT_CHARACTERS], "time_ms": fault.received_ms}
+        here = (row.c.site == fault.site, row.c.device == fault.device)
+        if not connection.execute(update(row).where(*here).values(refused=row.c.refused + 1, **values)).rowcount:
+            connection.execute(insert(row).values(site=fault.site, device=fault.device, refused=1, **values))
 
     def _device(self, connection: Connection, item: Received) -> int:
         key = (item.site, item.device)
@@ -101,7 +137,7 @@ class Writer:
                     "site": item.site,
                     "device": item.device,
                     "first_seen_ms": item.received_ms,
-                    "last_seen_ms": item.received_ms,
+                    "last_seen_ms": item.alive_ms or item.received_ms,
                 }
                 primary_key = connection.execute(insert(row).values(**values)).inserted_primary_key
                 assert primary_key is not None
@@ -185,9 +221,14 @@ class Writer:
         }
         connection.execute(update(row).where(row.c.device_id == device_id, row.c.boot == message.boot).values(**values))
         device = tables.devices
-        newer = update(device).where(device.c.id == device_id, device.c.booted_ms <= message.time_ms)
+        data = connection.execute(select(device.c.birth).where(device.c.id == device_id)).scalar()
+        known = decode(data) if data else None
+        if isinstance(known, Birth) and known.boot == message.boot and known.seq > message.seq:
+            return
         connection.execute(
-            newer.values(
+            update(device)
+            .where(device.c.id == device_id)
+            .values(
                 boot=message.boot,
                 booted_ms=message.time_ms,
                 birth=encode(message),
@@ -199,7 +240,7 @@ class Writer:
     def _windows(self, connection: Connection, device_id: int, batch: WindowBatch) -> None:
         boot = self._boot(connection, device_id, batch.boot)
         rows = []
-        newest: Window | None = None
+        fresh: list[Window] = []
         for window in batch.windows:
             if not self._note(boot, window.seq, is_late=batch.is_late):
                 continue
@@ -217,29 +258,31 @@ class Writer:
                     "is_late": batch.is_late,
                 }
             )
-            if newest is None or window.start_ms > newest.start_ms:
-                newest = window
+            fresh.append(window)
         if rows:
             connection.execute(insert(tables.windows), rows)
-        if newest is not None and boot.schema == batch.schema:
-            self._keep_latest(connection, device_id, boot, newest)
+        if fresh and boot.schema == batch.schema:
+            fresh.sort(key=lambda window: window.start_ms)
+            self._keep_latest(connection, device_id, batch.boot, boot.metrics, fresh)
 
-    def _keep_latest(self, connection: Connection, device_id: int, boot: _Boot, window: Window) -> None:
+    @staticmethod
+    def _keep_latest(
+        connection: Connection, device_id: int, boot: int, metrics: Sequence[MetricSpec], fresh: Sequence[Window]
+    ) -> None:
         """Keep the newest window's figures beside the device, unless a newer one is there."""
         row = tables.devices
-        found = connection.execute(select(row.c.window_ms, row.c.latest).where(row.c.id == device_id)).one()
-        if found.window_ms > window.start_ms:
+        found = connection.execute(select(row.c.window_ms, row.c.latest, row.c.boot).where(row.c.id == device_id)).one()
+        before = msgspec.msgpack.decode(found.latest, type=Latest) if found.latest else Latest()
+        if not _is_newer((boot, fresh[-1].start_ms), (before.boot, found.window_ms), found.boot):
             return
-        try:
-            vector = unpack_values(window.values)
-        except ArtifactError:
-            return
-        values = {spec.name: value for spec, value in zip(boot.metrics, vector, strict=False) if not math.isnan(value)}
-        before = msgspec.msgpack.decode(found.latest, type=Latest).sparkline if found.latest else []
-        sparkline = [*before, values.get("latency_p50_ms")][-SPARKLINE_POINTS:]
-        latest = Latest(values=values, duration_ms=window.duration_ms, sparkline=sparkline)
+        values: dict[str, float] = {}
+        sparkline = before.sparkline
+        for window in fresh:
+            values = _values(window, metrics)
+            sparkline = [*sparkline, values.get("latency_p50_ms")][-SPARKLINE_POINTS:]
+        latest = Latest(values=values, duration_ms=fresh[-1].duration_ms, sparkline=sparkline, boot=boot)
         statement = update(row).where(row.c.id == device_id)
-        connection.execute(statement.values(window_ms=window.start_ms, latest=msgspec.msgpack.encode(latest)))
+        connection.execute(statement.values(window_ms=fresh[-1].start_ms, latest=msgspec.msgpack.encode(latest)))
 
     def _event(self, connection: Connection, device_id: int, message: Event) -> None:
         if not self._note(self._boot(connection, device_id, message.boot), message.seq):
@@ -265,9 +308,13 @@ class Writer:
     def _reported(self, connection: Connection, device_id: int, message: Reported) -> None:
         self._note(self._boot(connection, device_id, message.boot), message.seq)
         row = tables.devices
-        found = connection.execute(select(row.c.reported_ms, row.c.reported_seq, row.c.boot).where(row.c.id == device_id)).one()
-        if (message.time_ms, message.seq) < (found.reported_ms, found.reported_seq):
-            return
+        found = connection.execute(select(row.c.reported, row.c.boot).where(row.c.id == device_id)).one()
+        known = decode(found.reported) if found.reported else None
+        if isinstance(known, Reported):
+            order = "seq" if known.boot == message.boot else "time_ms"
+            new, old = (message.boot, getattr(message, order)), (known.boot, getattr(known, order))
+            if not _is_newer(new, old, found.boot):
+                return
         active = next((slot for slot in message.slots if slot.name == message.active), None)
         values: dict[str, Any] = {
             "reported": encode(message),
@@ -279,3 +326,25 @@ class Writer:
             "model_digest": active.model_digest.removeprefix("sha256:")[:12] if active else "",
         }
         connection.execute(update(row).where(row.c.id == device_id).values(**values))
+
+
+def _is_newer(new: tuple[int, int], old: tuple[int, int], current: int) -> bool:
+    """Whether a statement replaces another one.
+
+    Args:
+        new: its boot, and its place in time or order.
+        old: the same of the one that is kept.
+        current: the device's boot by its last birth; its statements win over those of any other.
+    """
+    if new[0] != old[0] and current in {new[0], old[0]}:
+        return new[0] == current
+    return new[1] >= old[1]
+
+
+def _values(window: Window, metrics: Sequence[MetricSpec]) -> dict[str, float]:
+    """A window's figures by name, without those that are no numbers."""
+    try:
+        vector = unpack_values(window.values)
+    except ArtifactError:
+        return {}
+    return {spec.name: value for spec, value in zip(metrics, vector, strict=False) if math.isfinite(value)}

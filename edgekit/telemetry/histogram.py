@@ -28,6 +28,8 @@ MIN_INDEX = -20 * PER_OCTAVE
 MAX_INDEX = 40 * PER_OCTAVE
 _FORMAT = 1
 _MAX_VARINT_BYTES = 10
+_MAX_COUNT = 1 << 53
+"""More in one bucket is garbage, and no double could hold it."""
 
 
 def index_of(value: float) -> int:
@@ -119,9 +121,10 @@ class LatencyHistogram:
         index = 0
         for position in range(0, len(numbers), 2):
             index = _unzigzag(numbers[0]) if position == 0 else index + numbers[position]
-            if index in counts or not MIN_INDEX <= index <= MAX_INDEX or not numbers[position + 1]:
+            number = numbers[position + 1]
+            if index in counts or not MIN_INDEX <= index <= MAX_INDEX or not 0 < number <= _MAX_COUNT:
                 raise ArtifactError("telemetry.malformed", f"histogram: bucket {index} is out of order or out of range.")
-            counts[index] = numbers[position + 1]
+            counts[index] = number
         return cls(counts)
 
     def __eq__(self, other: object) -> bool:

@@ -24,7 +24,7 @@ def store(tmp_path):
 @pytest.fixture
 def client(store, monkeypatch):
     monkeypatch.setattr(api, "now_ms", lambda: T0 + 20_000)
-    return TestClient(make_app(store, None))
+    return TestClient(make_app(store, None), base_url="http://127.0.0.1")
 
 
 def test_devices_answer(client):
@@ -62,7 +62,7 @@ def test_openapi_describes_every_route(client):
 
 
 def test_token_guards_everything(store):
-    client = TestClient(make_app(store, None, token="letmein"), follow_redirects=False)
+    client = TestClient(make_app(store, None, token="letmein"), base_url="http://127.0.0.1", follow_redirects=False)
     assert client.get("/api/v1/devices").status_code == 401
     assert client.get("/").status_code == 401
     assert client.get("/api/v1/devices", headers={"Authorization": "Bearer wrong"}).status_code == 401
@@ -71,6 +71,24 @@ def test_token_guards_everything(store):
     assert opened.status_code == 303
     assert "httponly" in opened.headers["set-cookie"].lower()
     assert client.get("/api/v1/devices", cookies={"edgekit-token": "letmein"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost", 200), ("[::1]", 200), ("fleet.example", 200)],
+)
+def test_foreign_name_is_refused_without_a_token(store, host, status):
+    client = TestClient(make_app(store, None, allowed_hosts=("fleet.example",)), base_url=f"http://{host}:8420")
+    assert client.get("/api/v1/devices").status_code == status
+
+
+def test_redirect_stays_here(store):
+    client = TestClient(make_app(store, None, token="letmein"), base_url="http://127.0.0.1", follow_redirects=False)
+    assert client.get("http://127.0.0.1//evil.example/?token=letmein").headers["location"] == "/evil.example/"
+
+
+def test_releases_name_their_sites(client):
+    assert client.get("/api/v1/releases").json()[0]["sites"] == {"lab": 1}
 
 
 def test_security_headers_are_set(client):

@@ -49,7 +49,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def client(store):
-    return TestClient(make_app(store, None))
+    return TestClient(make_app(store, None), base_url="http://127.0.0.1")
 
 
 class Page(HTMLParser):

@@ -8,8 +8,11 @@ from fleet_world import T0, WireDevice, birth, event, free_port, heartbeat, repo
 from edgekit.errors import EnvironmentFault, UsageError
 from edgekit.fleet.broker import EmbeddedBroker
 from edgekit.fleet.config import BrokerAddress, parse_broker
-from edgekit.fleet.ingest import Ingest
+from edgekit.fleet.ingest import Ingest, read_message
 from edgekit.fleet.store import Store
+from edgekit.fleet.writing import Fault
+from edgekit.telemetry.codec import encode
+from edgekit.telemetry.topics import topic
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_message_is_acknowledged_only_after_the_commit(broker, store, monkeypatc
     real = store.apply
     failures = []
 
-    def refuse(batch):
+    def refuse(batch, faults=()):
         failures.append(len(batch))
         raise EnvironmentFault("store.write_failed", "no room")
 
@@ -96,7 +99,53 @@ def test_malformed_message_is_counted_and_passed_over(broker, store, verb, paylo
     device.send_raw(verb, payload)
     device.send("status", birth())
     wait_until(lambda: store.device("lab", device.device, T0) is not None)
-    assert ingest.status().malformed == (0 if verb == "nonsense" else 1)
+    is_ours = verb != "nonsense"
+    assert ingest.status().malformed == is_ours
+    wait_until(lambda: store.device("lab", device.device, T0).refused_messages == is_ours)
+    assert store.device("lab", device.device, T0).last_refused.startswith(f"{verb}: " if is_ours else "")
+    ingest.stop()
+    device.close()
+
+
+@pytest.mark.parametrize("message", [birth(boot=2**64 - 1), windows(window(2**63)), event(0), event(5, time_ms=2**62)])
+def test_number_that_no_database_holds_is_refused_at_the_door(message):
+    verb = {"Birth": "status", "WindowBatch": "w", "Event": "ev"}[type(message).__name__]
+    content = read_message(topic("lab", "pi-1", verb), encode(message), T0)
+    assert isinstance(content, Fault)
+    assert "expected" in content.error
+
+
+def test_message_that_cannot_be_stored_does_not_hold_up_the_others(broker, store, monkeypatch):
+    ingest = start_ingest(broker, store, "ingest-poison")
+    device = WireDevice(broker.port, "poison-1")
+    real = type(store._writer)._event
+
+    def cannot(writer, connection, device_id, message):
+        if message.seq == 3:
+            raise OverflowError("too large")
+        real(writer, connection, device_id, message)
+
+    monkeypatch.setattr(type(store._writer), "_event", cannot)
+    device.send("status", birth())
+    for seq in range(2, 8):
+        device.send("ev", event(seq))
+    wait_until(lambda: (d := store.device("lab", "poison-1", T0)) is not None and d.gaps.received == 6)
+    wait_until(lambda: store.device("lab", "poison-1", T0).refused_messages == 1)
+    detail = store.device("lab", "poison-1", T0)
+    assert "too large" in detail.last_refused
+    assert (detail.gaps.missing, ingest.status().malformed) == (1, 1)
+    ingest.stop()
+    device.close()
+
+
+def test_retained_message_is_no_sign_of_life(broker, store):
+    device = WireDevice(broker.port, "retained-1")
+    device.send("status", birth())
+    ingest = start_ingest(broker, store, "ingest-retained")
+    wait_until(lambda: store.device("lab", "retained-1", T0) is not None)
+    assert store.device("lab", "retained-1", T0).device.last_seen_ms == T0
+    device.send("hb", heartbeat(2), qos=0)
+    wait_until(lambda: store.device("lab", "retained-1", T0).device.last_seen_ms != T0)
     ingest.stop()
     device.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from edgekit.fleet import tables
 from edgekit.fleet.gaps import SeqRanges
 from edgekit.fleet.store import STALE_MS, Store
 from edgekit.fleet.writing import Received
+from edgekit.telemetry.codec import pack_values
 
 
 def received(message, *, device="pi-1", site="lab", at=T0):
@@ -89,6 +91,58 @@ def test_older_report_does_not_replace_a_newer_one(store):
     store.apply([received(birth()), received(reported(seq=9, time_ms=T0 + 5, version="2.0.0", counter=2))])
     store.apply([received(reported(seq=3, time_ms=T0, version="1.0.0"))])
     assert store.devices(now_ms=T0).devices[0].version == "2.0.0"
+
+
+def test_device_whose_clock_went_back_is_not_ignored(store):
+    """No clock survives a power cut on many boards: the next boot starts in the past, until NTP answers."""
+    store.apply([received(m) for m in (birth(), reported(), windows(window(3)), death())])
+    past = T0 - 10**9
+    again = (
+        birth(boot=8, time_ms=past),
+        reported(boot=8, time_ms=past, version="2.0.0", counter=2),
+        windows(window(3, past, p50=7.0), boot=8),
+    )
+    store.apply([received(m) for m in again])
+    view = store.devices(now_ms=T0).devices[0]
+    assert (view.state, view.version, view.latency_p50_ms) == ("online", "2.0.0", pytest.approx(7.0))
+    backlog = (reported(seq=9, time_ms=T0 + 5), windows(window(5, T0 + 10_000), is_late=True))
+    store.apply([received(m) for m in backlog])
+    view = store.devices(now_ms=T0).devices[0]
+    assert (view.version, view.latency_p50_ms) == ("2.0.0", pytest.approx(7.0))
+
+
+def test_birth_of_the_same_boot_that_comes_late_changes_nothing(store):
+    store.apply([received(birth(seq=5, url="http://new")), received(birth(seq=1, url="http://old"))])
+    assert store.device("lab", "pi-1", T0).url == "http://new"
+
+
+def test_last_will_is_no_sign_of_life(store):
+    store.apply([received(birth())])
+    store.apply([received(death(), at=T0 + 60_000)])
+    assert store.devices(now_ms=T0).devices[0].last_seen_ms == T0
+
+
+def test_figure_that_is_no_number_is_left_out(store):
+    import msgspec
+
+    hostile = msgspec.structs.replace(window(3), values=pack_values([math.inf, -math.inf, math.nan, 1e300]))
+    store.apply([received(birth()), received(windows(hostile))])
+    assert store.devices(now_ms=T0).devices[0].requests is None
+    assert store.fleet(T0).errors == 0
+    assert store.series("lab", "pi-1", "latency_p99_ms", since_ms=0).points == ()
+
+
+def test_batch_of_windows_fills_the_sparkline(store):
+    store.apply([received(birth()), received(windows(*(window(3 + i, T0 + i * 1000, p50=1.0 + i) for i in range(4))))])
+    assert store.devices(now_ms=T0).devices[0].sparkline == (1.0, 2.0, 3.0, 4.0)
+
+
+def test_older_release_than_another_device_serves_is_outdated(store):
+    store.apply([received(m, device="pi-1") for m in (birth(), reported())])
+    store.apply([received(m, device="pi-2", site="mill") for m in (birth(), reported(version="2.0.0", counter=2))])
+    fleet = store.fleet(T0)
+    assert (fleet.outdated, fleet.refusing) == (1, 0)
+    assert {view.version: view.sites for view in store.releases()} == {"1.0.0": {"lab": 1}, "2.0.0": {"mill": 1}}
 
 
 def test_window_of_another_schema_is_kept_but_not_shown(store):
