@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, TextIO
@@ -18,6 +19,8 @@ from edgekit.schema.base import encode_json
 Style = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
 _CODES: dict[Style, str] = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _REDRAW_SECONDS = 0.1
+_MIN_TEXT = 24
+_INDENT = 4
 
 
 def is_colored(stream: TextIO) -> bool:
@@ -54,7 +57,10 @@ def warn(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """A plain table; columns in ``right`` are right-aligned. The widest column gives way on a narrow terminal.
+    """A plain table; columns in ``right`` are right-aligned, numbers are never cut.
+
+    On a terminal that is too narrow the last column's text is wrapped below itself where it has room, otherwise a row takes
+    several lines, each after the first indented.
 
     >>> print(table(["name", "ms"], [["fp32", "1.25"], ["int8", "0.5"]], right=[1]))
     name    ms
@@ -64,20 +70,39 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(headers), *cells]) for i in range(len(headers))]
     limit = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
-    excess = sum(widths) + 2 * (len(widths) - 1) - limit
-    if excess > 0:
-        widest = widths.index(max(widths))
-        widths[widest] = max(12, widths[widest] - excess)
+    lines = _fold(widths, limit, is_last_text=len(widths) - 1 not in right)
 
-    def line(values: Sequence[str], *, is_header: bool = False) -> str:
-        parts = []
-        for i, value in enumerate(values):
-            text = value if len(value) <= widths[i] else value[: widths[i] - 1] + "…"
-            parts.append(text.rjust(widths[i]) if i in right else text.ljust(widths[i]))
-        text = "  ".join(parts).rstrip()
-        return paint(text, "bold") if is_header else text
+    def render(values: Sequence[str]) -> list[str]:
+        rendered = []
+        for number, columns in enumerate(lines):
+            indent = " " * _INDENT if number else ""
+            parts = [values[i].rjust(widths[i]) if i in right else values[i].ljust(widths[i]) for i in columns]
+            line = indent + "  ".join(parts).rstrip()
+            if len(line) <= limit:
+                rendered += [line] if line.strip() else []
+                continue
+            start = len(indent) + sum(widths[i] + 2 for i in columns[:-1])
+            texts = textwrap.wrap(values[columns[-1]], max(limit - start, 1)) or [""]
+            rendered.append(line[:start] + texts[0])
+            rendered += [" " * start + text for text in texts[1:]]
+        return rendered
 
-    return "\n".join([line(headers, is_header=True), *(line(row) for row in cells)])
+    return "\n".join([*(paint(line, "bold") for line in render(headers)), *(line for row in cells for line in render(row))])
+
+
+def _fold(widths: Sequence[int], limit: int, *, is_last_text: bool) -> list[list[int]]:
+    """The columns of each line of a row; the last column may be narrower than its text, which is wrapped then."""
+    lines: list[list[int]] = [[]]
+    used = 0
+    for i, width in enumerate(widths):
+        is_wrapped = is_last_text and i == len(widths) - 1
+        needed = min(width, _MIN_TEXT) if is_wrapped else width
+        if lines[-1] and used + needed > limit:
+            lines.append([])
+            used = _INDENT
+        lines[-1].append(i)
+        used += width + 2
+    return lines
 
 
 def format_bytes(count: float) -> str:
@@ -96,6 +121,14 @@ def format_seconds(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def _columns_of(stream: TextIO) -> int:
+    """The width of the terminal behind a stream: of stderr itself, since stdout may go to a file."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 class Progress:
@@ -125,8 +158,7 @@ class Progress:
         eta = f"  ETA {format_seconds(spent / done - spent)}" if 0.02 < done < 1 else ""
         filled = round(20 * min(max(done, 0.0), 1.0))
         text = f"{'█' * filled}{'░' * (20 - filled)} {done:4.0%}  {stage}{eta}"
-        columns = shutil.get_terminal_size((100, 24)).columns
-        sys.stderr.write("\r\x1b[K" + text[: columns - 1])
+        sys.stderr.write("\r\x1b[K" + text[: _columns_of(sys.stderr) - 1])
         sys.stderr.flush()
 
     def clear(self) -> None:

@@ -6,7 +6,11 @@ Exit codes: 0 done; 1 the answer is no; 2 usage or configuration; 3 operation fa
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
+import inspect
+import io
 import os
 import sys
 import traceback
@@ -17,10 +21,11 @@ from typer.core import TyperGroup
 
 from edgekit import __version__
 from edgekit.cli.console import note, paint
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, EnvironmentFault, UsageError
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("edgekit.cli.demo", "See the whole way once: optimize, publish, three agents, dashboard."),
@@ -34,6 +39,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices."),
     "doctor": ("edgekit.cli.doctor", "Check this machine: packages, runtimes, ports, permissions."),
 }
+
+_MACHINE_HINT = "Check free space and permissions."
 
 
 class LazyGroup(TyperGroup):
@@ -56,12 +63,26 @@ class LazyGroup(TyperGroup):
             return command
         command = typer.main.get_command(importlib.import_module(module).app)
         command.name = cmd_name
+        for each in (command, *getattr(command, "commands", {}).values()):
+            each.help = _join_lines(each.help)
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, or name the nearest one."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1) if args and args[0] not in COMMANDS else []
+        if near and not args[0].startswith("-"):
+            raise UsageError("command.unknown", f"{args[0]}: no such command.", hint=f'Did you mean "edgekit {near[0]}"?')
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the group's help from the summaries."""
         ctx.meta["edgekit.summaries"] = True
         super().format_help(ctx, formatter)
+
+
+def _join_lines(text: str | None) -> str | None:
+    """Paragraphs without the source's line breaks, so that the help is filled to the terminal's width."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")) if text else text
 
 
 app = typer.Typer(
@@ -101,16 +122,23 @@ def _report(error: EdgekitError) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         result = app(arguments, standalone_mode=False, prog_name="edgekit")
+        sys.stdout.flush()
     except EdgekitError as error:
         return _report(error)
     except KeyboardInterrupt:
         note("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _drop_output(0)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _drop_output(0)  # the reader has enough, for example "| head"; the framework would call that a failure
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug becomes exit 70, with its trace
         return _foreign(error)
     return result if isinstance(result, int) else 0
@@ -124,10 +152,19 @@ def _foreign(error: Exception) -> int:
     if type(error).__name__ == "Abort":
         note("interrupted")
         return EXIT_INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        what = error.filename or "the output"
+        return _drop_output(_report(EnvironmentFault("file.unwritable", f"{what}: {error.strerror}.", hint=_MACHINE_HINT)))
     traceback.print_exception(error)
     note(f"this is a bug in edgekit {__version__}: {type(error).__name__}: {error}", "red")
     note("please report it with the trace above")
     return EXIT_BUG
+
+
+def _drop_output(code: int) -> int:
+    """Forget what stdout still holds: nobody can take it, and the interpreter would fail over it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def run() -> None:

@@ -109,9 +109,9 @@ def show(
         ["runtime", profile.runtime, profile.sources.get("runtime", "")],
         ["int8", _int8_in_words(profile), profile.sources.get("int8", "")],
         ["channel multiple", str(profile.channel_multiple), profile.sources.get("channel_multiple", "")],
-        ["digest", target_digest(profile), ""],
     ]
     out(table(["fact", "value", "source"], [row for row in facts if row[1]]))
+    out(f"digest {target_digest(profile)}")
     if profile.notes:
         out(profile.notes)
     out("This machine matches." if is_host(profile) else "This machine is another: latencies measured here are the host's.")
