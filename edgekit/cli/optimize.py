@@ -38,10 +38,12 @@ def optimize(
     effort: str = typer.Option("default", help="fast, default or max."),
     seed: int = typer.Option(0, help="Of everything that is drawn at random."),
     weights: Path | None = typer.Option(None, help="State dict of a torch model."),
-    shapes: list[str] = typer.Option([], "--input", help="name=1,3,224,224 of a torch model without example inputs."),
+    shapes: list[str] = typer.Option(
+        [], "--input", metavar="NAME=SHAPE", help="name=1,3,224,224 of a torch model without example inputs."
+    ),
     threads: int | None = typer.Option(None, min=1, help="Threads of the timing; default: the target's."),
     labels: Path | None = typer.Option(None, help="File with the names of the classes, one a line."),
-    is_json: bool = typer.Option(False, "--json", help="Print the chosen candidate's record and nothing else."),
+    is_json: bool = typer.Option(False, "--json", help="Print the chosen candidate's record (or the plan) as JSON."),
     is_dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan of candidates and stop."),
     is_quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress on stderr."),
 ) -> int:
@@ -70,7 +72,7 @@ def optimize(
         threads=threads,
     )
     if is_dry_run:
-        _print_plan(request, is_quiet=is_quiet)
+        _print_plan(request, is_json=is_json, is_quiet=is_quiet)
         return 0
     return _run(request, is_json=is_json, is_quiet=is_quiet)
 
@@ -139,7 +141,7 @@ def _read_labels(path: Path | None) -> tuple[str, ...]:
     return names
 
 
-def _print_plan(request: OptimizeRequest, *, is_quiet: bool) -> None:
+def _print_plan(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> None:
     """Print the plan that the run would execute; the output folder is checked and not touched."""
     from edgekit.compiler.output import check_out, default_out
     from edgekit.compiler.preparation import Reporter, plan_candidates, prepare
@@ -154,12 +156,20 @@ def _print_plan(request: OptimizeRequest, *, is_quiet: bool) -> None:
     check_out(folder_name)
     for text in prepared.warnings:
         warn(text)
+    budget = prepared.budget.text if prepared.budget else f"default for {prepared.metric.name}"
+    if is_json:
+        plan = [
+            {"name": item.recipe.name, "passes": [spec.describe() for spec in item.recipe.passes], "obstacle": item.obstacle}
+            for item in planned
+        ]
+        facts = {"target": prepared.target.name, "metric": prepared.metric.name, "budget": budget, "output": str(folder_name)}
+        out_json({**facts, "candidates": plan})
+        return
     rows = [
         [item.recipe.name, " + ".join(spec.describe() for spec in item.recipe.passes) or "-", item.obstacle or "yes"]
         for item in planned
     ]
     out(table(["candidate", "passes", "possible"], rows))
-    budget = prepared.budget.text if prepared.budget else f"default for {prepared.metric.name}"
     out(f"target {prepared.target.name}, metric {prepared.metric.name}, budget {budget}, output {folder_name}")
 
 
@@ -187,7 +197,7 @@ def _row(candidate: Candidate) -> list[str]:
     is_share = report is not None and 0 <= report.value <= 1
     digits = 4 if is_share else 2
     value = f"{report.value:.{digits}f}" if report else "-"
-    drop = f"{report.drop:+.{digits}f}" if report else "-"
+    drop = f"{round(report.drop, digits) + 0.0:+.{digits}f}" if report else "-"
     interval = "-"
     if report is not None and report.drop_low is not None and report.drop_high is not None:
         interval = f"{report.drop_low:+.{digits}f} … {report.drop_high:+.{digits}f}"

@@ -86,7 +86,7 @@ def export_onnx(
         output_names: default: ``logits`` for a single output of two axes, else ``output`` or ``output_0``, ...
 
     Raises:
-        DataError: ``data.example_inputs`` when there is none, or one without a batch axis.
+        DataError: ``data.example_inputs`` when there is none, one without a batch axis, or one that the module cannot take.
         ArtifactError: ``model.export_failed`` when torch cannot export it, ``model.export_mismatch`` when the file answers
             something else than the module.
         EnvironmentFault: ``package.missing`` when onnx or onnxscript is not installed.
@@ -99,7 +99,7 @@ def export_onnx(
     try:
         batch = tuple(_two_samples(example) for example in example_inputs)
         with torch.no_grad():
-            expected = flatten_outputs(module(*batch))
+            expected = flatten_outputs(_call(module, batch))
         names = tuple(input_names or name_inputs(module, len(batch)))
         results = tuple(output_names or name_outputs(expected))
         proto, notes = _export(module, example_inputs, batch, names, results)
@@ -143,6 +143,19 @@ def _check_examples(examples: tuple[Tensor, ...]) -> None:
                 f"example input {index}: shape is {tuple(example.shape)}, expected a batch axis of at least 1 first.",
                 hint="Give each example as a batch, for example torch.zeros(1, 3, 224, 224).",
             )
+
+
+def _call(module: nn.Module, batch: tuple[Tensor, ...]) -> Any:
+    """The module's answer to two samples; shapes that it cannot take are the caller's."""
+    try:
+        return module(*batch)
+    except Exception as error:
+        shapes = ", ".join(str(list(example.shape)) for example in batch)
+        raise DataError(
+            "data.example_inputs",
+            f"the torch model cannot run inputs of shape {shapes}: {type(error).__name__}: {error}.",
+            hint="Check example_inputs() or --input: the batch axis comes first, for example --input name=1,3,224,224.",
+        ) from error
 
 
 def _two_samples(example: Tensor) -> Tensor:

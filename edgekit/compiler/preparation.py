@@ -255,8 +255,7 @@ def _warnings(
     else:
         found.extend(note for note in evaluation.notes if note not in found)
     if len(evaluation) < FEW_SAMPLES:
-        share = 100 / len(evaluation)
-        found.append(f"only {len(evaluation)} evaluation samples: one answer is {share:.2g} points of a share")
+        found.append(f"only {len(evaluation)} evaluation sample{'s' if len(evaluation) > 1 else ''}: quality is known roughly")
     if not is_host(target):
         found.append(f"this host is not {target.name}: latencies are this host's and say little about the target")
     found.extend(_isa_warnings(target))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,14 @@ def test_dry_run_writes_no_result(place, capsys):
     out = capsys.readouterr().out
     assert "int8-per-channel" in out
     assert "quantize-static(is_per_channel=True)" in out
+    assert not (place / "result").exists()
+
+
+def test_dry_run_as_json_is_only_json(place, capsys):
+    assert call("--dry-run", "--json", "--out", "result") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["candidates"][0]["name"] == "fp32"
+    assert plan["output"] == "result"
     assert not (place / "result").exists()
 
 

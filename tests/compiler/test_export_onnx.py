@@ -27,6 +27,14 @@ def exported(tmp_path_factory):
     return export_onnx(make_net(), EXAMPLE, path)
 
 
+def test_inputs_that_the_module_cannot_take_are_the_callers(tmp_path):
+    with pytest.raises(DataError) as caught:
+        export_onnx(make_net(), (torch.zeros(1, 3, 8, 8),), tmp_path / "model.onnx")
+    assert caught.value.code == "data.example_inputs"
+    assert "[2, 3, 8, 8]" in caught.value.message
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_export_names_and_dynamic_batch(exported):
     graph = onnx.load(exported.path).graph
     assert [item.name for item in graph.input] == ["picture"]
