@@ -6,6 +6,7 @@ complex numbers are refused. Nothing is scaled, transposed or reshaped here: a g
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,11 +79,12 @@ def _match_names(arrays: Mapping[str, Array], inputs: Sequence[TensorSpec], sour
     unknown = [name for name in found if name not in wanted]
     for name in wanted:
         if name not in found:
-            have = ", ".join(unknown) if unknown else "none"
+            have = ", ".join(found) if found else "no array"
+            near = difflib.get_close_matches(name, unknown, n=1)
             raise DataError(
                 "data.missing_input",
                 f'{source}: no data for the model\'s input "{name}"; expected {", ".join(wanted)}, found {have}.',
-                hint=suggest(name, unknown, otherwise=_naming_hint(wanted)),
+                hint=f'Rename the array "{near[0]}" to "{name}".' if near else _naming_hint(name, wanted),
             )
     if unknown:
         raise DataError(
@@ -93,9 +95,9 @@ def _match_names(arrays: Mapping[str, Array], inputs: Sequence[TensorSpec], sour
     return {name: np.asarray(found[name]) for name in wanted}
 
 
-def _naming_hint(wanted: Sequence[str]) -> str:
+def _naming_hint(name: str, wanted: Sequence[str]) -> str:
     alternative = f' or "{INPUTS_NAME}"' if len(wanted) == 1 else ""
-    return f'Name the array "{wanted[0]}"{alternative}; one array per input, axis 0 is the sample.'
+    return f'Name the array "{name}"{alternative}; one array per input, axis 0 is the sample.'
 
 
 def describe_shape(shape: Sequence[int | str]) -> str:

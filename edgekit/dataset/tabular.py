@@ -148,10 +148,12 @@ def _columns_of(spec: TensorSpec, features: Columns, *, is_single: bool, source:
     expected = f'a column "{spec.name}" or columns "{spec.name}_0", "{spec.name}_1", ...'
     if is_single and len(spec.shape) == 2:
         expected += f", or exactly {spec.shape[1]} numeric columns"
+    text = [name for name in features if name not in numeric]
+    unread = f" ({', '.join(text[:8])} {'is' if len(text) == 1 else 'are'} not)" if text and numeric else ""
     raise DataError(
         "data.missing_input",
         f'{source}: no data for the model\'s input "{spec.name}" {describe_shape(spec.shape)}: expected {expected}; '
-        f"found {len(features)} columns, {len(numeric)} of them numeric.",
+        f"found {len(features)} columns, {len(numeric)} of them numeric{unread}.",
         hint=suggest(spec.name, list(features), otherwise="Rename the columns after the model's inputs."),
     )
 

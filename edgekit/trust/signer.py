@@ -98,7 +98,8 @@ def load_signer(path: Path, *, passphrase: str | None = None) -> Signer:
 
     Raises:
         UsageError: ``key.not_found``, ``key.mode`` when others may read it, ``key.passphrase`` when it is encrypted and the
-            passphrase is missing or wrong, ``key.malformed`` when it is not an Ed25519 private key.
+            passphrase is missing or wrong, ``key.public`` when it is a public key, ``key.malformed`` when it is not an
+            Ed25519 private key.
     """
     try:
         with path.open("rb") as file:
@@ -110,6 +111,10 @@ def load_signer(path: Path, *, passphrase: str | None = None) -> Signer:
             f"{path}: cannot read this private key: {error.strerror}.",
             hint='Make one with "edgekit bundle keygen --out NAME".',
         ) from error
+    if b"PUBLIC KEY" in data and b"PRIVATE KEY" not in data:
+        raise UsageError(
+            "key.public", f"{path}: this is a public key; a private key is wanted.", hint="Give the .pem file beside it."
+        )
     if mode & _OTHERS:
         raise UsageError(
             "key.mode",

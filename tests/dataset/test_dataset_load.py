@@ -65,7 +65,15 @@ def test_class_names_in_npz(tmp_path):
 def test_missing_input_names_the_typo(tmp_path):
     code, error = code_of(save(tmp_path / "d.npz", imgae=VALUES), [TensorSpec(name="image", dtype="float32", shape=("b", 3))])
     assert code == "data.missing_input"
-    assert '"imgae"' in error.hint
+    assert error.hint == 'Rename the array "imgae" to "image".'
+
+
+def test_missing_second_input_names_what_is_there_and_what_is_not(tmp_path):
+    other = TensorSpec(name="meta", dtype="float32", shape=("batch", 3))
+    code, error = code_of(save(tmp_path / "d.npz", x=VALUES), [X, other])
+    assert code == "data.missing_input"
+    assert "expected x, meta, found x." in error.message
+    assert 'Name the array "meta"' in error.hint
 
 
 def test_unknown_input_is_refused(tmp_path):
@@ -285,6 +293,12 @@ def test_csv_by_numeric_columns_equals_npz(tmp_path):
     path = csv_file(tmp_path / "d.csv", "a,b,c,label\n" + rows + "\n")
     npz = load_dataset(save(tmp_path / "d.npz", x=VALUES, labels=LABELS), [X])
     assert load_dataset(path, [X]).digest == npz.digest
+
+
+def test_csv_names_the_column_that_is_not_numeric(tmp_path):
+    code, error = code_of(csv_file(tmp_path / "d.csv", "a,b,c,label\n1,2,3,0\n1,oops,3,0\n"), [X])
+    assert code == "data.missing_input"
+    assert "2 of them numeric (b is not)" in error.message
 
 
 def test_csv_numbered_columns_in_any_order_and_image_shape(tmp_path):

@@ -128,6 +128,14 @@ def test_private_key_is_not_written_through_a_dangling_link(signer, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_public_key_is_not_taken_for_a_private_one(signer, tmp_path):
+    save_public_key(signer.public_key, tmp_path / "k.pub")
+    with pytest.raises(UsageError) as caught:
+        load_signer(tmp_path / "k.pub")
+    assert caught.value.code == "key.public"
+    assert ".pem" in caught.value.hint
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620])
 def test_private_key_readable_by_others(signer, tmp_path, mode):
     save_signer(signer, tmp_path / "k.pem")
