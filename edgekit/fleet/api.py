@@ -68,10 +68,10 @@ def make_router(store: Store, ingest: Callable[[], IngestStatus]) -> APIRouter:
 
     @router.get("/devices", responses=_documented(views.DevicePage), response_class=Response)
     def devices(
-        search: Annotated[str, Query(max_length=100)] = "",
-        state: Annotated[str, Query(pattern="^(|online|offline|stale)$")] = "",
-        after: Annotated[str, Query(max_length=200)] = "",
-        limit: Annotated[int, Query(ge=1, le=500)] = 50,
+        search: Annotated[str, Query(max_length=100, description="part of a site, device, model or version")] = "",
+        state: Annotated[str, Query(pattern="^(|online|offline|stale)$", description="online, stale or offline")] = "",
+        after: Annotated[str, Query(max_length=200, description="next of the page before")] = "",
+        limit: Annotated[int, Query(ge=1, le=500, description="most on a page")] = 50,
     ) -> Response:
         """A page of devices, by site and name."""
         return _answer(store.devices(now_ms=now_ms(), search=search, state=state, after=after, limit=limit))
@@ -101,10 +101,11 @@ def make_router(store: Store, ingest: Callable[[], IngestStatus]) -> APIRouter:
     def events(
         site: Annotated[str, Query(max_length=64)] = "",
         device: Annotated[str, Query(max_length=64)] = "",
-        before: int | None = None,
-        limit: Annotated[int, Query(ge=1, le=500)] = 100,
+        kind: Annotated[str, Query(max_length=64, description="for example install_refused")] = "",
+        before: Annotated[int | None, Query(ge=0, description="next of the page before")] = None,
+        limit: Annotated[int, Query(ge=1, le=500, description="most on a page")] = 100,
     ) -> Response:
         """Events, newest first."""
-        return _answer(store.events(site=site, device=device, before=before, limit=limit))
+        return _answer(store.events(site=site, device=device, kind=kind, before=before, limit=limit))
 
     return router

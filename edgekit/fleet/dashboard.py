@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import jinja2
 from fastapi import APIRouter, HTTPException, Query, Request, Response
@@ -19,6 +19,7 @@ from edgekit.fleet.api import now_ms
 from edgekit.fleet.drawing import histogram, sparkline
 from edgekit.fleet.live import stream
 from edgekit.fleet.store import Store
+from edgekit.schema.message import EventKind
 
 POLICY = (
     "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -28,6 +29,7 @@ PAGE_EVENTS = 100
 SYMBOLS = {"online": "●", "stale": "◐", "offline": "○"}
 SearchQuery = Annotated[str, Query(max_length=100)]
 StateQuery = Annotated[str, Query(pattern="^(|online|offline|stale)$")]
+NameQuery = Annotated[str, Query(max_length=64)]
 AfterQuery = Annotated[str, Query(max_length=200)]
 _IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -125,9 +127,13 @@ def make_router(store: Store, *, version: str) -> APIRouter:
         return device_page("device_live.html", site, device)
 
     @router.get("/events", response_class=HTMLResponse)
-    def events(device: Annotated[str, Query(max_length=64)] = "", before: int | None = None) -> HTMLResponse:
-        page = store.events(device=device, before=before, limit=PAGE_EVENTS)
-        return render("events.html", page=page, device=device)
+    def events(device: NameQuery = "", kind: NameQuery = "", before: int | None = None) -> HTMLResponse:
+        page = store.events(device=device, kind=kind, before=before, limit=PAGE_EVENTS)
+        return render("events.html", page=page, device=device, kind=kind, kinds=get_args(EventKind))
+
+    @router.get("/api", response_class=HTMLResponse)
+    def describe_api(request: Request) -> HTMLResponse:
+        return render("api.html", document=request.app.openapi())
 
     @router.get("/live")
     def live(request: Request) -> StreamingResponse:

@@ -431,18 +431,22 @@ class Store:
         points = [point for item in rows if (point := _point(item, places.get((item.boot, item.schema)))) is not None]
         return Series(metric=metric, unit=unit, points=tuple(_in_steps(points, step_ms)))
 
-    def events(self, *, site: str = "", device: str = "", before: int | None = None, limit: int = 100) -> EventPage:
+    def events(
+        self, *, site: str = "", device: str = "", kind: str = "", before: int | None = None, limit: int = 100
+    ) -> EventPage:
         """A page of events, newest first.
 
         Args:
             site: only of this site.
             device: only of this device.
+            kind: only of this kind.
             before: the ``next`` of the page before.
             limit: most events on the page.
         """
         row = tables.devices
         conditions = [row.c.site == site] if site else []
         conditions += [row.c.device == device] if device else []
+        conditions += [tables.events.c.kind == kind] if kind else []
         conditions += [tables.events.c.id < before] if before is not None else []
         with self._reading() as connection:
             events = self._events(connection, conditions, limit + 1)
@@ -478,6 +482,7 @@ def _group_trouble(rows: Sequence[Row[Any]]) -> Iterator[Attention]:
             detail=newest.detail,
             time_ms=newest.time_ms,
             devices=len({(item.site, item.device) for item in group}),
+            kind=newest.kind,
         )
 
 

@@ -143,6 +143,8 @@ class Attention(Record, frozen=True, kw_only=True):
     detail: str
     time_ms: int
     devices: int = 1
+    kind: str = ""
+    """The events' kind, when events say so."""
 
 
 class FleetView(Record, frozen=True, kw_only=True):

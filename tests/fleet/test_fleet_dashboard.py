@@ -18,7 +18,7 @@ from edgekit.fleet.dashboard import ago, format_number
 from edgekit.fleet.drawing import histogram, sparkline
 from edgekit.fleet.server import make_app
 from edgekit.fleet.store import Store
-from edgekit.fleet.writing import Received
+from edgekit.fleet.writing import Fault, Received
 
 HOSTILE = '"><script>alert(1)</script>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -70,7 +70,7 @@ class Page(HTMLParser):
             self.inline.append("script")
 
 
-@pytest.mark.parametrize("path", ["/", "/devices/lab/pi-1", "/events", "/?search=pi&state=online"])
+@pytest.mark.parametrize("path", ["/", "/devices/lab/pi-1", "/events", "/?search=pi&state=online", "/api"])
 def test_page_loads_nothing_foreign_and_has_no_inline_code(client, store, path):
     fill(store)
     answer = client.get(path)
@@ -121,6 +121,41 @@ def test_fragments_have_the_parts_that_the_page_replaces(client, store):
         parts = re.findall(r'data-part="(\w+)"', client.get(page).text)
         assert parts
         assert parts == re.findall(r'data-part="(\w+)"', client.get(fragment).text)
+
+
+def test_events_of_one_kind(client, store):
+    fill(store)
+    assert "install refused</b>" in client.get("/events?kind=install_refused").text
+    assert "install refused</b>" not in client.get("/events?kind=rolled_back").text
+    assert client.get("/api/v1/events?kind=rolled_back").json()["events"] == []
+
+
+def test_api_page_names_every_route(client):
+    text = client.get("/api").text
+    for path in client.get("/api/v1/openapi.json").json()["paths"]:
+        assert path in text
+
+
+def test_refused_message_is_shown_on_its_devices_page(client, store):
+    fill(store)
+    assert "not accepted" not in client.get("/devices/lab/pi-1").text
+    for _ in range(2):
+        store.apply([], [Fault(site="lab", device="pi-1", error=f"w: {HOSTILE}", received_ms=now_ms())])
+    text = client.get("/devices/lab/pi-1").text
+    assert "2 not accepted" in text
+    assert HOSTILE not in text
+
+
+def test_tiles_count_refusals_and_outdated(client, store):
+    fill(store)
+    now = now_ms()
+    for message in (birth(time_ms=now), reported(time_ms=now, version="2.0.0", counter=2)):
+        store.apply([Received(site="lab", device="pi-2", message=message, received_ms=now)])
+    tiles = re.findall(r'class="figure[^"]*">([^<]*)</span><span[^>]*>([^<]*)<', client.get("/").text)
+    assert {label: figure for figure, label in tiles if label in {"✕ refused installs", "outdated"}} == {
+        "✕ refused installs": "1",
+        "outdated": "1",
+    }
 
 
 def test_device_page_shows_gaps_and_refusal(client, store):
@@ -182,7 +217,8 @@ def test_change_is_pushed(serve, store):
 
 
 @pytest.mark.parametrize(
-    ("path", "wanted"), [("/", "lab/pi-1"), ("/devices/lab/pi-1", "u-wrap"), ("/events", "install refused")]
+    ("path", "wanted"),
+    [("/", "lab/pi-1"), ("/devices/lab/pi-1", "u-wrap"), ("/events", "install refused"), ("/api", "openapi.json")],
 )
 def test_browser_is_content(serve, store, tmp_path, path, wanted):
     """A real Chromium: the page is there, its charts are drawn, and its console is silent."""

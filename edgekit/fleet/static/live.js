@@ -48,6 +48,18 @@ function replace(html) {
     if (other) replacePart(part, other);
   }
   tick();
+  tell();
+}
+
+// Say a figure that changed to those who cannot see it: politely, and only when it is another one.
+const told = new Map();
+
+function tell() {
+  for (const element of document.querySelectorAll("[data-say]")) {
+    const text = `${element.textContent} ${element.dataset.say}`;
+    if (told.has(element.dataset.say) && told.get(element.dataset.say) !== text) document.getElementById("said").textContent = text;
+    told.set(element.dataset.say, text);
+  }
 }
 
 function replacePart(part, other) {
@@ -95,5 +107,6 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 setInterval(tick, 1000);
 tick();
+tell();
 if (box) connect();
 else say("", false);
