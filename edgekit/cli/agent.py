@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edgekit.cli.console import format_bytes, format_seconds, note, out, out_json, paint, table
+from edgekit.cli.console import format_bytes, format_seconds, note, out, out_json, paint, table, warn
 from edgekit.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ def run(
         "labels": _labels(label),
         "allow_insecure": True if allow_insecure else None,
     }
-    become_agent(load_config(config, flags=flags))
+    settings = load_config(config, flags=flags)
+    if not settings.repository:
+        warn("no --repository: nothing will be installed; only a release that is installed already is served")
+    become_agent(settings)
 
 
 def _ask(url: str) -> AgentStatus | None:

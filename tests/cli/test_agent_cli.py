@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from edgekit.cli import agent_process
+from edgekit.cli.main import main
 from edgekit.schema.base import encode_json
 from edgekit.schema.state import AgentState, Slot
 from tests.agent.world import Agent, free_port, wait_for
@@ -81,3 +83,11 @@ def test_wrong_usage_is_exit_2_with_the_reason(tmp_path, arguments, words):
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_agent_without_a_repository_says_that_nothing_will_come(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(agent_process, "become_agent", started.append)
+    assert main(["agent", "run", "--state-dir", str(tmp_path)]) == 0
+    assert "no --repository" in capsys.readouterr().err
+    assert len(started) == 1
