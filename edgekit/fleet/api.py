@@ -94,8 +94,8 @@ def make_router(store: Store, ingest: Callable[[], IngestStatus]) -> APIRouter:
     ) -> Response:
         """Metrics over time."""
         begin = since or now_ms() - DEFAULT_SERIES_MS
-        names = [name for name in metric.split(",") if name][:MAX_METRICS]
-        return _answer([store.series(site, device, name, since_ms=begin, step_ms=step) for name in names])
+        names = [name for name in dict.fromkeys(metric.split(",")) if name][:MAX_METRICS]
+        return _answer(store.series(site, device, names, since_ms=begin, step_ms=step))
 
     @router.get("/events", responses=_documented(views.EventPage), response_class=Response)
     def events(

@@ -1,7 +1,9 @@
 """The embedded MQTT broker: rumqttd from the ``iotcore`` wheel, MQTT 5, on loopback, in a child process.
 
 It is for one machine and for demonstrations; a fleet in the field uses Mosquitto, EMQX or another MQTT 5 broker with TLS and
-access rules, by ``--broker mqtts://host``.
+access rules, by ``--broker mqtts://host``. It keeps sessions and messages in memory: what it has confirmed to a device and the
+ingest has not written yet is lost when it is killed (the gap ledger counts it as missing). When it is stopped, the ingest still
+writes what it has been given.
 """
 
 from __future__ import annotations

@@ -179,15 +179,17 @@ class FleetServer:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _end)  # uvicorn raises it again when the pages are closed
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, _end) if is_main else None  # uvicorn raises it again when the pages are closed
         try:
             if self.embedded:
                 self.embedded.start()
             self.ingest.start()
             _WebServer(settings, on_ready).run()
         finally:
-            self.ingest.stop()
             if self.embedded:
-                self.embedded.stop()
+                self.embedded.stop()  # first: what it confirms to a device after the ingest has left would be lost
+            self.ingest.stop()
             self.store.close()
+            if is_main:
+                signal.signal(signal.SIGTERM, before)

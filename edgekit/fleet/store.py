@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from sqlalchemy.pool import StaticPool
 from edgekit.errors import ArtifactError, EnvironmentFault
 from edgekit.fleet import tables
 from edgekit.fleet.gaps import SeqRanges
+from edgekit.fleet.series import StoredWindow, make_series, unit_of
 from edgekit.fleet.views import (
     Attention,
     DeviceDetail,
@@ -38,14 +38,16 @@ from edgekit.fleet.views import (
 )
 from edgekit.fleet.writing import Fault, Latest, Received, Writer
 from edgekit.schema.message import Birth, MetricSpec, Reported
-from edgekit.telemetry.codec import decode, unpack_values
+from edgekit.telemetry.codec import decode
 from edgekit.telemetry.histogram import LatencyHistogram, bounds_of
 
 STALE_MS = 180_000
 """Three heartbeats of the default period."""
 ATTENTION_MS = 24 * 3_600_000
 HISTOGRAM_MS = 3_600_000
-MAX_SERIES_WINDOWS = 20_000
+MAX_SERIES_WINDOWS = 200_000
+"""Three weeks of windows of 10 s."""
+MAX_POINTS = 20_000
 MAX_ATTENTION = 50
 MAX_TROUBLE = 2000
 _TROUBLE = {
@@ -340,7 +342,7 @@ class Store:
             phase=state.phase if state else "",
             gaps=gaps,
             events=events,
-            metrics=(*((spec.name, _unit(spec)) for spec in specs),),
+            metrics=(*((spec.name, unit_of(spec)) for spec in specs),),
             isa=facts.isa,
             cores=facts.cores,
             ram_mb=facts.ram_mb,
@@ -386,7 +388,7 @@ class Store:
         statement = select(row.c.sketches).where(
             row.c.device_id == device_id, row.c.start_ms >= since_ms, row.c.sketches.is_not(None)
         )
-        for (data,) in connection.execute(statement.limit(MAX_SERIES_WINDOWS)):
+        for (data,) in connection.execute(statement.limit(MAX_POINTS)):
             sketches = msgspec.msgpack.decode(data, type=tuple[bytes, ...])
             try:
                 merged.merge(LatencyHistogram.decode(sketches[0]))
@@ -394,42 +396,40 @@ class Store:
                 continue
         return tuple((*bounds_of(index), count) for index, count in merged.counts.items())
 
-    def series(self, site: str, device: str, metric: str, *, since_ms: int, step_ms: int = 0) -> Series:
-        """One metric over time.
+    def series(self, site: str, device: str, metrics: Sequence[str], *, since_ms: int, step_ms: int = 0) -> tuple[Series, ...]:
+        """Metrics over time, one series for each.
 
         Args:
             site: the device's site.
             device: its name.
-            metric: a name that its birth declares; counts become rates per second.
+            metrics: names that its birth declares; counts become rates per second.
             since_ms: windows that begin before are left out.
-            step_ms: average the points in steps of this length; 0 gives every window.
+            step_ms: average the points in steps of this length; 0 gives every window, at most the newest ``MAX_POINTS``.
         """
         row, device_row, boot_row = tables.windows, tables.devices, tables.boots
+        here = (device_row.c.site == site, device_row.c.device == device)
         statement = (
             select(row.c.start_ms, row.c.duration_ms, row.c.vector, row.c.boot, row.c.schema)
             .join(device_row, device_row.c.id == row.c.device_id)
-            .where(device_row.c.site == site, device_row.c.device == device, row.c.start_ms >= since_ms)
-            .order_by(row.c.start_ms)
-            .limit(MAX_SERIES_WINDOWS)
+            .where(*here, row.c.start_ms >= since_ms)
+            .order_by(row.c.start_ms.desc())
+            .limit(MAX_SERIES_WINDOWS if step_ms else MAX_POINTS)
         )
         boots = (
             select(boot_row.c.boot, boot_row.c.schema, boot_row.c.metrics)
             .join(device_row, device_row.c.id == boot_row.c.device_id)
-            .where(device_row.c.site == site, device_row.c.device == device, boot_row.c.metrics.is_not(None))
+            .where(*here, boot_row.c.metrics.is_not(None))
         )
         with self._reading() as connection:
             declared = {
                 (item.boot, item.schema): msgspec.msgpack.decode(item.metrics, type=tuple[MetricSpec, ...])
                 for item in connection.execute(boots)
             }
-            rows = connection.execute(statement).all()
-        places = {
-            key: next(((i, spec) for i, spec in enumerate(specs) if spec.name == metric), None)
-            for key, specs in declared.items()
-        }
-        unit = next((_unit(place[1]) for place in places.values() if place), "")
-        points = [point for item in rows if (point := _point(item, places.get((item.boot, item.schema)))) is not None]
-        return Series(metric=metric, unit=unit, points=tuple(_in_steps(points, step_ms)))
+            windows = [
+                StoredWindow(start_ms=start, duration_ms=duration, vector=vector, boot=boot, schema=schema)
+                for start, duration, vector, boot, schema in connection.execute(statement)
+            ]
+        return make_series(windows[::-1], declared, metrics, step_ms)
 
     def events(
         self, *, site: str = "", device: str = "", kind: str = "", before: int | None = None, limit: int = 100
@@ -551,38 +551,3 @@ def _device_view(item: Row[Any], now_ms: int) -> DeviceView:
         cpu=facts.cpu if facts else "",
         labels=facts.labels if facts else {},
     )
-
-
-def _unit(spec: MetricSpec) -> str:
-    return "1/s" if spec.kind == "count" else spec.unit
-
-
-def _point(item: Any, place: tuple[int, MetricSpec] | None) -> tuple[int, float] | None:
-    """Time and value of one window; None where it does not have the metric."""
-    if place is None:
-        return None
-    index, spec = place
-    try:
-        vector = unpack_values(item.vector)
-    except ArtifactError:
-        return None
-    if index >= len(vector) or not math.isfinite(vector[index]):
-        return None
-    value = vector[index]
-    if spec.kind == "count":
-        value = value * 1000 / item.duration_ms if item.duration_ms else 0.0
-    return item.start_ms, value
-
-
-def _in_steps(points: Sequence[tuple[int, float]], step_ms: int) -> Iterator[tuple[int, float | None]]:
-    """Average the points of each step."""
-    if step_ms <= 0:
-        yield from points
-        return
-    sums: dict[int, tuple[float, int]] = {}
-    for time_ms, value in points:
-        step = time_ms - time_ms % step_ms
-        total, count = sums.get(step, (0.0, 0))
-        sums[step] = (total + value, count + 1)
-    for step, (total, count) in sums.items():
-        yield step, total / count

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import uvicorn
 from fleet_world import T0, WireDevice, birth, event, free_port, heartbeat, reported, wait_until, window, windows
 
 from edgekit.errors import EnvironmentFault, UsageError
-from edgekit.fleet.broker import EmbeddedBroker
-from edgekit.fleet.config import BrokerAddress, parse_broker
+from edgekit.fleet.broker import EmbeddedBroker, check_port
+from edgekit.fleet.config import BrokerAddress, FleetConfig, parse_broker
 from edgekit.fleet.ingest import Ingest, read_message
+from edgekit.fleet.server import FleetServer
 from edgekit.fleet.store import Store
 from edgekit.fleet.writing import Fault
 from edgekit.telemetry.codec import encode
@@ -148,6 +150,30 @@ def test_retained_message_is_no_sign_of_life(broker, store):
     wait_until(lambda: store.device("lab", "retained-1", T0).device.last_seen_ms != T0)
     ingest.stop()
     device.close()
+
+
+def test_broker_ends_before_the_ingest_does(tmp_path, monkeypatch):
+    """In the other order the broker would confirm messages that nobody writes any more."""
+    config = FleetConfig(port=free_port(), broker_port=free_port(), database=str(tmp_path / "fleet.db"))
+    fleet = FleetServer(config)
+    stop, seen = fleet.ingest.stop, []
+
+    def record():
+        check_port(config.broker_port, what="broker", option="")
+        seen.append(fleet.ingest.status().stored)
+        stop()
+
+    monkeypatch.setattr(fleet.ingest, "stop", record)
+
+    def serve(_server):
+        device = WireDevice(config.broker_port, "order-1")
+        device.send("status", birth())
+        wait_until(lambda: fleet.store.stored == 1)
+        device.close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", serve)
+    fleet.run(lambda: None)
+    assert seen == [1]
 
 
 def test_broker_port_in_use_is_named(broker):

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from fleet_world import T0, birth, death, event, heartbeat, reported, window, windows
+from fleet_world import METRICS, SKETCHES, T0, birth, death, event, heartbeat, reported, window, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,8 @@ from edgekit.fleet import tables
 from edgekit.fleet.gaps import SeqRanges
 from edgekit.fleet.store import STALE_MS, Store
 from edgekit.fleet.writing import Received
-from edgekit.telemetry.codec import pack_values
+from edgekit.schema.message import Window, WindowBatch
+from edgekit.telemetry.codec import pack_values, schema_crc
 
 
 def received(message, *, device="pi-1", site="lab", at=T0):
@@ -47,7 +48,7 @@ def test_message_that_comes_twice_is_stored_once(store):
     assert store.stored == stored == 5
     assert store.duplicates == 5
     assert len(store.events().events) == 1
-    assert len(store.series("lab", "pi-1", "requests", since_ms=0).points) == 2
+    assert len(store.series("lab", "pi-1", ["requests"], since_ms=0)[0].points) == 2
 
 
 def test_duplicate_is_known_after_a_restart(store, tmp_path):
@@ -129,7 +130,7 @@ def test_figure_that_is_no_number_is_left_out(store):
     store.apply([received(birth()), received(windows(hostile))])
     assert store.devices(now_ms=T0).devices[0].requests is None
     assert store.fleet(T0).errors == 0
-    assert store.series("lab", "pi-1", "latency_p99_ms", since_ms=0).points == ()
+    assert store.series("lab", "pi-1", ["latency_p99_ms"], since_ms=0)[0].points == ()
 
 
 def test_batch_of_windows_fills_the_sparkline(store):
@@ -152,18 +153,37 @@ def test_window_of_another_schema_is_kept_but_not_shown(store):
     store.apply([received(birth()), received(msgspec.structs.replace(batch, schema=1))])
     assert store.device("lab", "pi-1", T0).gaps.received == 2
     assert store.devices(now_ms=T0).devices[0].latency_p50_ms is None
-    assert store.series("lab", "pi-1", "requests", since_ms=0).points == ()
+    assert store.series("lab", "pi-1", ["requests"], since_ms=0)[0].points == ()
 
 
 def test_counts_become_rates_and_steps_average(store):
     store.apply(
         [received(birth()), received(windows(*(window(3 + i, T0 + i * 10_000, requests=10.0 * (i + 1)) for i in range(4))))]
     )
-    series = store.series("lab", "pi-1", "requests", since_ms=0)
+    series = store.series("lab", "pi-1", ["requests"], since_ms=0)[0]
     assert series.unit == "1/s"
     assert [value for _time, value in series.points] == [1.0, 2.0, 3.0, 4.0]
-    stepped = store.series("lab", "pi-1", "requests", since_ms=0, step_ms=20_000)
+    stepped = store.series("lab", "pi-1", ["requests"], since_ms=0, step_ms=20_000)[0]
     assert [value for _time, value in stepped.points] == [1.5, 3.5]
+
+
+def test_long_series_keeps_its_newest_end(store, monkeypatch):
+    monkeypatch.setattr("edgekit.fleet.store.MAX_POINTS", 3)
+    store.apply([received(birth()), received(windows(*(window(3 + i, T0 + i * 10_000, p50=1.0 + i) for i in range(6))))])
+    assert [v for _t, v in store.series("lab", "pi-1", ["latency_p50_ms"], since_ms=0)[0].points] == [4.0, 5.0, 6.0]
+
+
+def test_series_goes_over_a_boot_with_other_metrics(store):
+    import msgspec
+
+    fewer = msgspec.structs.replace(birth(boot=8, seq=1), metrics=METRICS[2:])
+    after = Window(seq=2, start_ms=T0 + 10_000, duration_ms=10_000, values=pack_values([9.0, 12.0]))
+    batch = WindowBatch(boot=8, windows=(after,), schema=schema_crc(METRICS[2:], SKETCHES))
+    store.apply([received(m) for m in (birth(), windows(window(2)), fewer, batch)])
+    p50, requests, unknown = store.series("lab", "pi-1", ["latency_p50_ms", "requests", "nonsense"], since_ms=0)
+    assert [v for _t, v in p50.points] == [1.5, 9.0]
+    assert len(requests.points) == 1
+    assert (unknown.unit, unknown.points) == ("", ())
 
 
 def test_refusals_are_counted_per_release(store):

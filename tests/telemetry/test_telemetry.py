@@ -68,6 +68,16 @@ def test_garbage_is_our_error(data):
         decode(data)
 
 
+@given(st.sampled_from(list(MESSAGES)), st.data())
+def test_changed_message_is_a_message_or_our_error(name, data):
+    """Bytes that are nearly right reach further into the decoder than noise does."""
+    original = encode(MESSAGES[name])
+    at = data.draw(st.integers(0, len(original) - 1))
+    changed = original[:at] + data.draw(st.binary(max_size=3)) + original[at + data.draw(st.integers(0, 3)) :]
+    with contextlib.suppress(ArtifactError):
+        assert type(decode(changed)) in {type(message) for message in MESSAGES.values()}
+
+
 def test_too_large_is_refused_before_decoding():
     with pytest.raises(ArtifactError, match="largest"):
         decode(b"\x00" * (MAX_BYTES + 1))
@@ -163,6 +173,11 @@ def test_merge_equals_counting_all(left, right):
 def test_histogram_garbage_is_our_error(data):
     with contextlib.suppress(ArtifactError):
         assert LatencyHistogram.decode(data).count >= 0
+
+
+def test_histogram_count_that_no_double_holds_is_refused():
+    with pytest.raises(ArtifactError):
+        LatencyHistogram.decode(LatencyHistogram({3: 2**53 + 1}).encode())
 
 
 @given(st.integers(-100, 200))
