@@ -126,8 +126,8 @@ def test_broker_that_goes_and_comes_back(world, make_agent, listener):
     listener.stop()
     agent.wait_status(lambda body: not body["is_broker_connected"] and body["outbox_messages"] > 3)
     assert agent.infer([0, 0, 0, 0])[0] == 200
-    listener.start()
     births = len(listener.of(Birth))
+    listener.start()
     agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] <= 1, what="the drained spool")
     assert len(listener.of(Birth)) > births
     agent.stop()

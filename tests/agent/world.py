@@ -286,15 +286,57 @@ dynamic_filters = true
 """
 
 
+class Gate:
+    """A door in front of a TCP server: shut, every connection through it is cut and no new one is let in."""
+
+    def __init__(self, port: int, behind: int) -> None:
+        self.behind = behind
+        self.sockets: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                outer, _address = self.listener.accept()
+                inner = socket.create_connection(("127.0.0.1", self.behind))
+            except OSError:
+                return
+            self.sockets += [outer, inner]
+            for source, sink in ((outer, inner), (inner, outer)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def shut(self) -> None:
+        for end in (self.listener, *self.sockets):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
 class Listener:
-    """An embedded MQTT 5 broker with a subscriber that keeps every message of ours."""
+    """An embedded MQTT 5 broker with a subscriber that keeps every message of ours.
+
+    Agents come through a gate that opens after the subscription and is shut before the broker ends, so that the subscriber
+    misses nothing that the broker confirmed.
+    """
 
     def __init__(self, folder: Path, port: int) -> None:
         from iotcore import Broker
 
         self.port = port
+        self.inner_port = free_port()
+        self.gate: Gate | None = None
         path = folder / "broker.toml"
-        path.write_text(BROKER_CONFIG.format(port=port))
+        path.write_text(BROKER_CONFIG.format(port=self.inner_port))
         self.broker = Broker(config_path=str(path))
         self.messages: list[tuple[str, object, int]] = []
         self.client = None
@@ -308,10 +350,11 @@ class Listener:
         client.on_connect = lambda *_: client.subscribe("ek/1/#", qos=1)
         client.on_subscribe = lambda *_: subscribed.set()
         client.on_message = lambda _client, _data, message: self._take(message.topic, message.payload)
-        client.connect("127.0.0.1", self.port)
+        client.connect("127.0.0.1", self.inner_port)
         client.loop_start()
         assert subscribed.wait(10)
         self.client = client
+        self.gate = Gate(self.port, self.inner_port)
         return self
 
     def _take(self, topic: str, payload: bytes) -> None:
@@ -333,6 +376,10 @@ class Listener:
         return found
 
     def stop(self) -> None:
+        if self.gate is not None:
+            self.gate.shut()
+            self.gate = None
+            time.sleep(0.3)  # what the broker confirmed is on its way to the subscriber
         if self.client is not None:
             self.client.disconnect()
             self.client.loop_stop()

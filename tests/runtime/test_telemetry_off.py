@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+CI_NAMES = {"CI", "TF_BUILD", "GITHUB_ACTIONS", "TRAVIS", "JENKINS_URL", "CODEBUILD_BUILD_ID"}
+"""ONNX Runtime keeps quiet by itself where it finds one of these: without them the tests see what a user's machine sees."""
 FILTER = """
 import ctypes, struct
 NUMBERS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}  # audit architecture, number of socket(2)
@@ -48,7 +50,7 @@ print("done")
 
 
 def run_python(home: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_")) and name not in CI_NAMES}
     environment = {**kept, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home)}
     guarded = f"{FILTER}\nforbid_internet({platform.machine()!r})\n{code}"
     return subprocess.run(
