@@ -14,6 +14,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 from fleet_world import birth, death, event, free_port, heartbeat, reported, wait_until, window, windows
 
+from edgekit.fleet import live
 from edgekit.fleet.dashboard import ago, format_number
 from edgekit.fleet.drawing import histogram, sparkline
 from edgekit.fleet.server import make_app
@@ -242,6 +243,11 @@ def test_browser_is_content(serve, store, tmp_path, path, wanted):
     assert wanted in done.stdout, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     assert console == []
+
+
+@pytest.mark.parametrize(("last_id", "stamp"), [("3", 3), ("", 9), ("10", 9), ("²", 9), ("-1", 9), ("9" * 5000, 9)])
+def test_last_event_id_is_read_or_passed_over(last_id, stamp):
+    assert live._read_stamp(last_id, 9) == stamp
 
 
 def test_numbers_read_well():
