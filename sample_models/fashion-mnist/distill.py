@@ -47,7 +47,7 @@ def describe_target(multiple: int) -> TargetProfile:
 def main() -> None:
     """Make each student and print its accuracy on all 10,000 test images."""
     parser = argparse.ArgumentParser(description="Prune and distill the Fashion-MNIST sample model.")
-    parser.add_argument("--multiple", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--multiple", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--effort", choices=["fast", "default", "max"], default="default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("edgekit-out/distill"), help="folder for checkpoints and ONNX files")
