@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import ipaddress
 import os
 import re
 import socket
@@ -29,6 +28,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from edgekit.errors import UsageError
+from edgekit.loopback import is_loopback
 from edgekit.telemetry.topics import check_name
 
 ENV_PREFIX = "EDGEKIT_AGENT_"
@@ -95,14 +95,6 @@ def default_state_dir() -> str:
     if os.geteuid() == 0:
         return "/var/lib/edgekit"
     return str(Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "edgekit")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _hint(name: str) -> str:

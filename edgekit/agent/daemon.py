@@ -31,7 +31,6 @@ from edgekit.agent.background import in_background
 from edgekit.agent.child import SelfTestFailed, WorkerProcess
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.courier import Courier
-from edgekit.agent.durable import write_durably
 from edgekit.agent.facts import ask_facts
 from edgekit.agent.health import MAX_DELAY_S, CrashLedger
 from edgekit.agent.journal import Journal, now_ms
@@ -47,6 +46,7 @@ from edgekit.agent.updater import Updater
 from edgekit.agent.vitals import MEGA, CpuMeter, rss_bytes
 from edgekit.agent.windows import Surroundings, measure_window
 from edgekit.agent.workers import Workers
+from edgekit.durable import PRIVATE_FILE, write_durably
 from edgekit.errors import EdgekitError, EnvironmentFault
 from edgekit.schema.base import encode_json
 from edgekit.schema.state import AgentState, AgentStatus, Refusal, Slot
@@ -404,7 +404,9 @@ class Daemon:
         """What an interruption left, and where we are; a disk without a free byte keeps nobody from serving."""
         try:
             self.updater.recover()
-            write_durably(self.config.state_path / RUN_FILE, msgspec.json.encode({"pid": os.getpid(), "url": self.url}))
+            write_durably(
+                self.config.state_path / RUN_FILE, msgspec.json.encode({"pid": os.getpid(), "url": self.url}), mode=PRIVATE_FILE
+            )
         except OSError as error:
             logger.error("event=state_not_saved error=%r", str(error))  # noqa: TRY400 - it says all
 

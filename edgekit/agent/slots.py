@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.agent.durable import sync_dir, sync_file, write_durably
+from edgekit.durable import PRIVATE_FILE, sync_file, sync_folder, write_durably
 from edgekit.errors import ArtifactError, DeviceError
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.digest import digest_bytes, digest_file, hex_of, is_same_digest
@@ -54,7 +54,7 @@ class SlotStore:
         elif path.exists():
             shutil.rmtree(path)
         if self._dir.is_dir():
-            sync_dir(self._dir)
+            sync_folder(self._dir)
 
     def build(
         self, name: SlotName, release: Release, manifest: bytes, parts: Sequence[tuple[BlobRef, Path]], donor: SlotName | None
@@ -81,11 +81,11 @@ class SlotStore:
             elif donor is not None and not target.exists():
                 _share(self.blob(donor, ref.digest), target)
             sync_file(target)
-        sync_dir(blobs)
-        write_durably(self.path(name) / RELEASE_FILE, encode_json(release))
-        write_durably(self.path(name) / MANIFEST_FILE, manifest)
-        sync_dir(self._dir)
-        sync_dir(self._dir.parent)
+        sync_folder(blobs)
+        write_durably(self.path(name) / RELEASE_FILE, encode_json(release), mode=PRIVATE_FILE)
+        write_durably(self.path(name) / MANIFEST_FILE, manifest, mode=PRIVATE_FILE)
+        sync_folder(self._dir)
+        sync_folder(self._dir.parent)
 
     def read_manifest(self, slot: Slot) -> Manifest:
         """The manifest of a slot, checked against the digest that the state has.

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.durable import sync_dir
+from edgekit.durable import sync_folder
 from edgekit.errors import DeviceError, UsageError
 from edgekit.schema.manifest import BlobRef
 from edgekit.schema.release import Release
@@ -63,7 +63,7 @@ class RepositorySource:
             TrustError: it was refused.
         """
         result = self._repository().refresh()
-        sync_dir(self._cache)
+        sync_folder(self._cache)
         return result
 
     def fetch_manifest(self, release: Release) -> bytes:

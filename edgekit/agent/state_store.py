@@ -20,8 +20,8 @@ from typing import Any
 
 import msgspec
 
-from edgekit.agent.durable import sync_dir, write_durably
 from edgekit.agent.slots import SlotStore
+from edgekit.durable import PRIVATE_FILE, sweep_temporaries, sync_folder, write_durably
 from edgekit.errors import ArtifactError, DeviceError, EnvironmentFault
 from edgekit.schema.base import SCHEMA_VERSION, decode_json, encode_json
 from edgekit.schema.state import AgentState, Slot
@@ -98,12 +98,13 @@ class StateStore:
     def open(cls, state_dir: Path, *, device: str) -> StateStore:
         """Read the state, or rebuild it from the slots where it is missing or damaged."""
         path = state_dir / STATE_FILE
+        sweep_temporaries(state_dir)
         try:
             state = _read_state(path)
         except ArtifactError as error:
             aside = path.with_suffix(".damaged")
             path.replace(aside)
-            sync_dir(state_dir)
+            sync_folder(state_dir)
             logger.error("event=state_damaged aside=%s error=%r", aside.name, error.message)  # noqa: TRY400 - expected, handled
             state = None
         if state is None:
@@ -143,7 +144,7 @@ class StateStore:
 
     def _save(self, state: AgentState) -> AgentState:
         if state != self._state or not self._path.exists():
-            write_durably(self._path, encode_json(state))
+            write_durably(self._path, encode_json(state), mode=PRIVATE_FILE)
             self._state = state
         return state
 

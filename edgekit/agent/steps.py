@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.durable import FULL, disk_full
+from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.link import Model
 from edgekit.agent.plan import (

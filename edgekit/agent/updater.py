@@ -20,7 +20,7 @@ import msgspec
 from edgekit.agent.background import in_background
 from edgekit.agent.child import SelfTestFailed
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.durable import FULL, disk_full
+from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.journal import Journal
 from edgekit.agent.link import Model

@@ -23,6 +23,7 @@ from edgekit import __version__
 from edgekit.bundle.layout import MANIFEST_NAME, SIGNATURE_NAME, Entry, arrange, blob_name
 from edgekit.bundle.reader import parse_manifest, read_bundle
 from edgekit.bundle.sampling import OpenedModel, Samples, make_golden
+from edgekit.durable import sync_folder, write_durably
 from edgekit.errors import ArtifactError, UsageError
 from edgekit.schema.artifact import ModelArtifact, ModelFormat
 from edgekit.schema.base import decode_json, encode_json, encode_msgpack
@@ -40,7 +41,6 @@ from edgekit.schema.manifest import (
 )
 from edgekit.schema.target import RuntimeName
 from edgekit.trust.signer import Signer, sign_envelope
-from edgekit.trust.storage import sync_folder, write_durably
 
 Content = bytes | Path
 GOLDEN_PATH = "golden.msgpack"

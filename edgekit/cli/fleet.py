@@ -50,8 +50,9 @@ def serve(
     On loopback nothing else is needed: the MQTT broker is embedded. In the field, put your own broker behind --broker, and a
     reverse proxy with TLS in front of --port.
     """
-    from edgekit.fleet.config import FleetConfig, is_loopback
+    from edgekit.fleet.config import FleetConfig
     from edgekit.fleet.server import FleetServer
+    from edgekit.loopback import is_loopback
 
     token = os.environ.get(TOKEN_VARIABLE, "")
     if not is_loopback(host) and not (allow_remote and token):

@@ -17,27 +17,15 @@ from typing import Any, cast
 
 import numpy as np
 
+from edgekit.agent.protocol import DATATYPES
 from edgekit.dataset.data import Array
 from edgekit.errors import DataError, DeviceError, EdgekitError, EnvironmentFault, UsageError
-from edgekit.schema.tensor import DType, TensorSpec
+from edgekit.loopback import is_loopback
+from edgekit.schema.tensor import TensorSpec
 
 TIMEOUT_SECONDS = 30.0
 MAX_ANSWER_BYTES = 64 << 20
-_DATATYPES: dict[str, DType] = {
-    "BOOL": "bool",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT16": "int16",
-    "UINT16": "uint16",
-    "INT32": "int32",
-    "UINT32": "uint32",
-    "INT64": "int64",
-    "UINT64": "uint64",
-    "FP16": "float16",
-    "FP32": "float32",
-    "FP64": "float64",
-}
-_NAMES = {dtype: name for name, dtype in _DATATYPES.items()}
+_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +66,7 @@ class InferenceClient:
             raise UsageError("agent.bad_url", f"{url}: expected http://HOST:PORT.", hint="For example http://127.0.0.1:8080")
         self._url = url.rstrip("/")
         self._model = model
-        is_loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        handlers = [urllib.request.ProxyHandler({})] if is_loopback else []
+        handlers = [urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else []
         self._opener = urllib.request.build_opener(*handlers)
 
     def describe(self) -> ServedModel:
@@ -165,10 +152,10 @@ def _spec(entry: Mapping[str, Any]) -> TensorSpec:
     axes = [int(axis) for axis in entry["shape"]]
     names = ["batch", *(f"axis{i}" for i in range(1, len(axes)))]
     shape = tuple(axis if axis >= 0 else name for axis, name in zip(axes, names, strict=True))
-    return TensorSpec(name=str(entry["name"]), dtype=_DATATYPES[entry["datatype"]], shape=shape)
+    return TensorSpec(name=str(entry["name"]), dtype=DATATYPES[entry["datatype"]], shape=shape)
 
 
 def _array(entry: Mapping[str, Any]) -> Array:
-    dtype = np.dtype(_DATATYPES[entry["datatype"]])
+    dtype = np.dtype(DATATYPES[entry["datatype"]])
     shape = cast("list[int]", entry["shape"])
     return np.array(entry["data"], dtype=dtype).reshape(shape)

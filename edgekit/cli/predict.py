@@ -347,7 +347,7 @@ def _check_out(path: Path) -> None:
 
 
 def _write(path: Path, answers: _Answers, report: PredictionReport) -> None:
-    from edgekit.compiler.storage import write_durably
+    from edgekit.durable import write_durably
     from edgekit.schema.base import encode_json
 
     match path.suffix.lower():

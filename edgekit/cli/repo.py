@@ -165,7 +165,8 @@ def serve(
     key: Path | None = typer.Option(None, "--key", help="TLS private key, PEM."),
 ) -> None:
     """Serve a repository over HTTP, with Range. Only metadata, targets and blobs are served."""
-    from edgekit.repository.server import is_loopback, serve_repository
+    from edgekit.loopback import is_loopback
+    from edgekit.repository.server import serve_repository
 
     if not is_loopback(host) and cert is None:
         warn("serving other machines without TLS: put TLS termination in front, or give --cert and --key")

@@ -18,7 +18,7 @@ import msgspec
 
 from edgekit import __version__
 from edgekit.compiler.passes.base import Pass, PassContext, WorkModel
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError
 from edgekit.schema.artifact import ModelFormat
 from edgekit.schema.base import Record, decode_json, encode_json

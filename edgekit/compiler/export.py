@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError, DataError, EnvironmentFault
 
 if TYPE_CHECKING:

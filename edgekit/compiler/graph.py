@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.compiler.export import quiet
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError
 from edgekit.runtime.ort import load_onnxruntime
 

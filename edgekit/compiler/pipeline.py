@@ -34,8 +34,8 @@ from edgekit.compiler.passes.base import Effort, WorkModel
 from edgekit.compiler.passes.registry import BASELINE, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
 from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
-from edgekit.compiler.storage import write_durably
 from edgekit.dataset.data import Dataset
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError, EdgekitError
 from edgekit.evaluation.evaluate import evaluate, predict
 from edgekit.runtime.registry import open_session

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgekit.compiler.report_page import render_page
 from edgekit.compiler.result import OptimizeResult
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.schema.base import encode_json
 
 HTML_NAME = "report.html"

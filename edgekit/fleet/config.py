@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from edgekit.errors import UsageError
+from edgekit.loopback import is_loopback
 
 EMBEDDED = "embedded"
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
@@ -43,16 +43,6 @@ class FleetConfig:
     ca_file: str = ""
     allowed_hosts: tuple[str, ...] = ()
     """Names under which the pages may be opened without a token, besides loopback's own."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own."""
-    if host in {"localhost", ""}:
-        return host == "localhost"
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def parse_broker(text: str, *, ca_file: str = "", is_plain_allowed: bool = False) -> BrokerAddress:

@@ -74,11 +74,10 @@ def ago(time_ms: int, now: int) -> str:
     return f"{seconds}\u202fs ago"
 
 
-def _make_templates(static: dict[str, bytes], version: str) -> jinja2.Environment:
+def _make_templates(digest: str, version: str) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("edgekit.fleet"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    digest = _digest(static)
     environment.globals.update(
         asset=lambda name: f"/static/{digest}/{name}",
         version=version,
@@ -94,7 +93,8 @@ def make_router(store: Store, *, version: str) -> APIRouter:
     """The pages over a store."""
     router = APIRouter(include_in_schema=False)
     static = _load_static()
-    templates = _make_templates(static, version)
+    current = _digest(static)
+    templates = _make_templates(current, version)
 
     def render(name: str, **values: Any) -> HTMLResponse:
         text = templates.get_template(name).render(now=now_ms(), **values)
@@ -145,7 +145,7 @@ def make_router(store: Store, *, version: str) -> APIRouter:
         if path not in static:
             raise HTTPException(404, f"{path}: no such file")
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-        is_current = digest == _digest(static)
+        is_current = digest == current
         return Response(static[path], media_type=kind, headers={"Cache-Control": _IMMUTABLE if is_current else "no-cache"})
 
     return router

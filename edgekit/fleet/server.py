@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request, Response
 from edgekit import __version__
 from edgekit.fleet import api, dashboard
 from edgekit.fleet.broker import EmbeddedBroker, check_port
-from edgekit.fleet.config import EMBEDDED, BrokerAddress, FleetConfig, is_loopback, parse_broker
+from edgekit.fleet.config import EMBEDDED, BrokerAddress, FleetConfig, parse_broker
 from edgekit.fleet.ingest import Ingest
 from edgekit.fleet.store import Store
 from edgekit.fleet.views import IngestStatus
+from edgekit.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ server is not trusted by anybody.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import logging
@@ -25,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
@@ -280,15 +278,6 @@ def _bind_error(error: OSError, host: str, port: int) -> EnvironmentFault:
     if error.errno in {errno.EACCES, errno.EPERM}:
         return EnvironmentFault("port.forbidden", f"{where}: not allowed to listen there.", hint="Ports from 1024 on are free.")
     return EnvironmentFault("address.unknown", f"{where}: cannot listen there: {error.strerror or error}.")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ip_address(host).is_loopback
-    return False
 
 
 def serve_repository(

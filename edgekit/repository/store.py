@@ -43,13 +43,13 @@ from tuf.api.serialization.json import JSONSerializer
 
 from edgekit.bundle.layout import blob_name
 from edgekit.bundle.reader import Bundle, parse_manifest, verify_bundle
+from edgekit.durable import make_folder, write_durably
 from edgekit.errors import ArtifactError, RepositoryError, TrustError, UsageError
 from edgekit.schema.base import SCHEMA_VERSION, Record, decode_json, encode_json
 from edgekit.schema.digest import digest_bytes, digest_file, hex_of
 from edgekit.schema.release import Release, ReleaseInfo
 from edgekit.trust.keys import PublicKey, load_public_key, load_public_keys, save_public_key
 from edgekit.trust.signer import Signer, generate_signer, load_signer, save_signer
-from edgekit.trust.storage import make_folder, write_durably
 
 Role = Literal["root", "targets", "snapshot", "timestamp"]
 ROLES: tuple[Role, ...] = ("root", "targets", "snapshot", "timestamp")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -53,24 +54,6 @@ from edgekit.trust.signer import generate_signer
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_models" / "fashion-mnist"
 MODEL = "fashion"
 RATE = 200.0
-BROKER = """
-id = 0
-[router]
-id = 0
-max_connections = 100
-max_outgoing_packet_count = 200
-max_segment_size = 10485760
-max_segment_count = 10
-[v5.1]
-name = "v5-1"
-listen = "127.0.0.1:{port}"
-next_connection_delay_ms = 1
-[v5.1.connections]
-connection_timeout_ms = 60000
-max_payload_size = 1048576
-max_inflight_count = 100
-dynamic_filters = true
-"""
 BARE = """
 import sys, numpy as np
 from pathlib import Path
@@ -404,11 +387,10 @@ def bench_swap(world: World, swaps: int = 3) -> dict[str, Any]:
 def bench_telemetry(world: World, seconds: float = 120.0) -> dict[str, Any]:
     """Messages and bytes of a device that serves ten requests a second, at default settings, without the first minute."""
     import paho.mqtt.client as paho  # noqa: PLC0415 - only here
-    from iotcore import Broker  # noqa: PLC0415 - the same
+
+    from edgekit.fleet.broker import EmbeddedBroker  # noqa: PLC0415 - the same
 
     port = free_port()
-    config = world.folder / "broker.toml"
-    config.write_text(BROKER.format(port=port))
     seen: list[tuple[float, str, str, int, int]] = []
 
     def take(_client: Any, _data: Any, message: Any) -> None:
@@ -418,7 +400,10 @@ def bench_telemetry(world: World, seconds: float = 120.0) -> dict[str, Any]:
         kind = type(decode(message.payload)).__name__
         seen.append((time.monotonic(), message.topic, kind, len(message.payload), wire))
 
-    with Broker(config_path=str(config)):
+    broker = EmbeddedBroker(port)
+    with contextlib.ExitStack() as stack:
+        stack.callback(broker.stop)
+        broker.start()
         client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="bench", protocol=paho.MQTTv5)
         client.on_message = take
         client.on_connect = lambda *_: client.subscribe("ek/1/#", qos=1)

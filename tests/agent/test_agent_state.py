@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.durable import write_durably
 from edgekit.agent.plan import DeviceFacts, active_slot, make_plan, slot_of
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.state_store import DirLock, StateStore, prepare_dir
 from edgekit.agent.steps import Installer, ReleaseRefused
+from edgekit.durable import write_durably
 from edgekit.errors import DeviceError, EnvironmentFault, RepositoryError
 from edgekit.schema.base import encode_json
 from edgekit.schema.digest import digest_bytes, hex_of
@@ -303,7 +303,7 @@ def test_lost_state_ignores_a_damaged_slot(bench):
 
 
 def test_state_not_changed_in_memory_when_the_disk_refuses(bench, monkeypatch):
-    def refuse(_path, _data):
+    def refuse(_path, _data, *, mode):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("edgekit.agent.state_store.write_durably", refuse)
@@ -327,6 +327,15 @@ def test_write_durably_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatc
         write_durably(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftover_of_a_power_cut_is_swept_and_the_state_is_private(tmp_path):
+    (tmp_path / ".new-abc").write_bytes(b"half")
+    store = StateStore.open(tmp_path, device="pi")
+    assert not (tmp_path / ".new-abc").exists()
+    store.update(phase="fetch")
+    assert [path.name for path in tmp_path.glob("state.json*")] == ["state.json"]
+    assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_second_lock_refused_and_names_the_holder(tmp_path):

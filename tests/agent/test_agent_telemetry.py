@@ -16,7 +16,7 @@ from tests.agent.world import Listener, free_port, wait_for
 
 @pytest.fixture
 def listener(tmp_path):
-    made = Listener(tmp_path, free_port())
+    made = Listener(free_port())
     yield made
     made.stop()
 

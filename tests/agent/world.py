@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.bundle.golden import tensor_data
 from edgekit.bundle.writer import write_bundle
+from edgekit.fleet.broker import EmbeddedBroker
 from edgekit.repository.server import RepositoryServer
 from edgekit.repository.store import init_repository, publish
 from edgekit.schema.base import encode_msgpack
@@ -266,26 +267,6 @@ class Agent:
         return [int(pid) for pid in children if b"edgekit.agent.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-BROKER_CONFIG = """
-id = 0
-[router]
-id = 0
-max_connections = 100
-max_outgoing_packet_count = 200
-max_segment_size = 10485760
-max_segment_count = 10
-[v5.1]
-name = "v5-1"
-listen = "127.0.0.1:{port}"
-next_connection_delay_ms = 1
-[v5.1.connections]
-connection_timeout_ms = 60000
-max_payload_size = 1048576
-max_inflight_count = 100
-dynamic_filters = true
-"""
-
-
 class Gate:
     """A door in front of a TCP server: shut, every connection through it is cut and no new one is let in."""
 
@@ -329,15 +310,11 @@ class Listener:
     misses nothing that the broker confirmed.
     """
 
-    def __init__(self, folder: Path, port: int) -> None:
-        from iotcore import Broker
-
+    def __init__(self, port: int) -> None:
         self.port = port
         self.inner_port = free_port()
         self.gate: Gate | None = None
-        path = folder / "broker.toml"
-        path.write_text(BROKER_CONFIG.format(port=self.inner_port))
-        self.broker = Broker(config_path=str(path))
+        self.broker = EmbeddedBroker(self.inner_port)
         self.messages: list[tuple[str, object, int]] = []
         self.client = None
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import EnvironmentFault, RepositoryError, UsageError
-from edgekit.repository.server import RepositoryServer, is_loopback, parse_range
+from edgekit.repository.server import RepositoryServer, parse_range
 
 DATA = random.Random(1).randbytes(5000)
 HEX = "ab" * 32
@@ -181,13 +181,6 @@ def test_address_that_is_not_ours_and_folder_without_repository(folder, tmp_path
     assert caught.value.code == "address.unknown"
     with pytest.raises(RepositoryError):
         RepositoryServer(tmp_path, "127.0.0.1", 0)
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example", False)]
-)
-def test_loopback(host, expected):
-    assert is_loopback(host) is expected
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:

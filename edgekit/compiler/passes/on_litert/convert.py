@@ -31,7 +31,7 @@ from edgekit.compiler.export import (
 )
 from edgekit.compiler.passes.base import PassContext, WorkModel
 from edgekit.compiler.passes.on_torch.export import names_of
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError
 from edgekit.schema.candidate import PassStep
 from edgekit.schema.digest import digest_file

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_litert.convert import LOG_NAME, captured_output, find_missing_package, open_tflite
-from edgekit.compiler.storage import write_durably
 from edgekit.dataset.data import Dataset
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError
 from edgekit.schema.candidate import PassStep
 from edgekit.schema.digest import digest_file, short

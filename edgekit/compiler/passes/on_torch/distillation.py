@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:

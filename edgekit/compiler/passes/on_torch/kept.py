@@ -17,7 +17,7 @@ import msgspec
 
 from edgekit.compiler.passes.on_torch.distillation import DistillationSettings, TrainingRecord
 from edgekit.compiler.passes.on_torch.pruning import PruningSettings, Removal, apply_plan
-from edgekit.compiler.storage import write_durably
+from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.digest import Digest, digest_bytes

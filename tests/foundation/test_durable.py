@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.trust.storage import make_folder, write_durably
+from edgekit.durable import make_folder, write_durably
 
 
 @pytest.fixture
