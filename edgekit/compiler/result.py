@@ -6,6 +6,7 @@ relative to the output folder's ``candidate.json`` files; nothing here names a p
 
 from __future__ import annotations
 
+from edgekit.compiler.findings import Findings
 from edgekit.schema.base import SCHEMA_VERSION, Record
 from edgekit.schema.candidate import Candidate
 from edgekit.schema.digest import Digest
@@ -57,8 +58,8 @@ class OptimizeResult(Record, frozen=True, kw_only=True):
     """The whole outcome.
 
     ``candidates`` has every candidate of the plan in the plan's order, the baseline and the failed ones too; ``chosen`` and
-    ``baseline`` are among them. ``op_latency`` is by candidate name and has only those that were profiled. ``warnings`` are
-    sentences for people.
+    ``baseline`` are among them. ``op_latency`` is by candidate name and has only those that were profiled. ``findings`` is what the
+    search learned about the model. ``warnings`` are sentences for people.
     """
 
     request: RequestSummary
@@ -73,4 +74,5 @@ class OptimizeResult(Record, frozen=True, kw_only=True):
     host: HostFingerprint
     warnings: tuple[str, ...] = ()
     op_latency: dict[str, tuple[OpLatency, ...]] = {}  # noqa: RUF012  msgspec copies an empty default per instance
+    findings: Findings = Findings()
     schema_version: int = SCHEMA_VERSION
