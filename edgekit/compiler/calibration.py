@@ -1,8 +1,8 @@
 """Ranges of activations, from any number of samples in constant memory.
 
-The model runs once over the samples for the true minimum and maximum of every activation; methods that clip outliers run it
-once more and fill a histogram of fixed edges between them, so that memory does not grow with the number of samples and the
-result does not depend on the order or the size of the batches.
+The model runs once over the samples for the true minimum and maximum of every activation, and once more where a method needs
+a histogram, whose fixed edges lie between them: memory does not grow with the number of samples, and the result does not depend
+on the order or the size of the batches. Samples run in batches whose activations stay below a fixed number of bytes.
 
     >>> ranges = collect_ranges(proto, calibration, method="minmax")   # doctest: +SKIP
     >>> ranges["relu_3"]                                               # doctest: +SKIP
@@ -11,7 +11,9 @@ result does not depend on the order or the size of the batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,15 +27,52 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 Array = NDArray[Any]
-Method = Literal["minmax", "percentile", "mse"]
+Method = Literal["minmax", "percentile", "mse", "entropy"]
+METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
 Ranges = dict[str, tuple[float, float]]
 BINS = 2048
 PERCENTILE = 99.99
 """Of all values of a tensor, kept between the two ends."""
 SHRINKS = np.linspace(0.4, 1.0, 61)
-"""Shares of the full range that the MSE search tries."""
+"""Shares of the full range that the searches of the clipping methods try."""
 BATCH_SIZE = 16
+BATCH_BYTES = 192 * 2**20
+"""Activations of one batch stay below this."""
+COUNTED = 65_536
+"""Values per tensor and sample that go into its histogram; larger tensors are taken at regular places. Ends are exact."""
 STEPS = 255
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What was seen of one activation: exact ends (zero lies within) and counts [BINS] between them."""
+
+    low: float
+    high: float
+    counts: NDArray[np.int64]
+
+    def range_by(self, method: Method) -> tuple[float, float]:
+        """Low and high end by a method; zero lies within."""
+        if method == "minmax" or self.high <= self.low or not self.counts.any():
+            return self.low, self.high
+        chosen = {"percentile": _clip_percentile, "mse": _clip_mse, "entropy": _clip_entropy}[method]
+        return chosen(self.counts, self.low, self.high)
+
+    def sqnr_db(self, low: float, high: float) -> float:
+        """SQNR of the values on 8 bits between ``low`` and ``high``, in dB; 200 where nothing is lost."""
+        centers = self._centers()
+        signal = float(np.dot(self.counts, centers**2))
+        noise = float(np.dot(self.counts, (centers - _rounded(centers, low, high)) ** 2))
+        return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else 200.0
+
+    def clipped(self, low: float, high: float) -> float:
+        """Share of the values outside, 0..1."""
+        centers = self._centers()
+        return float(self.counts[(centers < low) | (centers > high)].sum() / max(1, self.counts.sum()))
+
+    def _centers(self) -> NDArray[np.float64]:
+        edges = np.linspace(self.low, self.high, BINS + 1)
+        return np.asarray((edges[:-1] + edges[1:]) / 2)
 
 
 def collect_ranges(
@@ -50,7 +89,8 @@ def collect_ranges(
         proto: the fp32 model.
         data: calibration samples.
         method: ``minmax``: what was seen; ``percentile``: without the outermost 0.01 %; ``mse``: the range with the least
-            squared error of 8-bit values.
+            squared error of 8-bit values; ``entropy``: the range with the least Kullback-Leibler divergence of the histogram
+            from its 8-bit form (after Migacz, "8-bit inference with TensorRT", 2017).
         batch_size: samples at a time; the model's own where its batch axis is fixed.
         on_progress: called with the fraction done.
 
@@ -58,7 +98,49 @@ def collect_ranges(
         DataError: ``data.empty`` without samples; ``data.batch`` with fewer samples than the model's fixed batch.
         ArtifactError: ``quantization.no_activations`` when the main graph has no float activation.
     """
-    names = _activations(proto)
+    if method == "minmax":
+        return _collect(proto, data, None, batch_size, on_progress, has_counts=False)[0]
+    found = collect_statistics(proto, data, batch_size=batch_size, on_progress=on_progress)
+    return {name: item.range_by(method) for name, item in found.items()}
+
+
+_recent: dict[str, dict[str, Statistics]] = {}
+"""The last statistics by content: candidates that differ in the method alone share them."""
+
+
+def collect_statistics(
+    proto: ModelProto,
+    data: Dataset,
+    *,
+    tensors: Iterable[str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[float], None] = lambda _done: None,
+) -> dict[str, Statistics]:
+    """Ends and histogram of every float activation, or of the ``tensors`` named; two runs over the data.
+
+    Raises:
+        DataError: as :func:`collect_ranges`.
+        ArtifactError: as :func:`collect_ranges`.
+    """
+    wanted = None if tensors is None else tuple(sorted(tensors))
+    key = hashlib.sha256(encode(proto) + f"{data.digest} {wanted}".encode()).hexdigest()
+    if key not in _recent:
+        ends, counts = _collect(proto, data, wanted, batch_size, on_progress, has_counts=True)
+        _recent.clear()
+        _recent[key] = {name: Statistics(*ends[name], counts[name]) for name in ends}
+    return _recent[key]
+
+
+def _collect(
+    proto: ModelProto,
+    data: Dataset,
+    wanted: tuple[str, ...] | None,
+    batch_size: int,
+    on_progress: Callable[[float], None],
+    *,
+    has_counts: bool,
+) -> tuple[Ranges, dict[str, NDArray[np.int64]]]:
+    names = tuple(name for name in _activations(proto) if wanted is None or name in wanted)
     if not names:
         raise ArtifactError(
             "quantization.no_activations",
@@ -71,13 +153,13 @@ def collect_ranges(
     if len(data) < size and fixed_batch(proto):
         raise DataError("data.batch", f"{data.source}: {len(data)} samples, the model takes batches of {size}.")
     probe = _Probe(proto, names)
-    passes = 1 if method == "minmax" else 2
+    if not probe.is_fixed:
+        size = min(size, max(1, BATCH_BYTES // probe.bytes_per_sample(data)))
+    passes = 2 if has_counts else 1
     ends = _collect_ends(probe, data, size, lambda done: on_progress(done / passes))
-    if method == "minmax":
-        return ends
-    counts = _collect_histograms(probe, data, size, ends, lambda done: on_progress(0.5 + done / 2))
-    chosen = _clip_percentile if method == "percentile" else _clip_mse
-    return {name: chosen(counts[name], *ends[name]) for name in names}
+    if not has_counts:
+        return ends, {}
+    return ends, _collect_histograms(probe, data, size, ends, lambda done: on_progress(0.5 + done / 2))
 
 
 def fixed_batch(proto: ModelProto) -> int | None:
@@ -135,14 +217,31 @@ class _Probe:
         self._outputs = [name for name in names if name not in inputs]
         self._session = open_plain(encode(probed))
 
-    def run(self, feeds: dict[str, Array]) -> Iterator[tuple[str, Array]]:
-        """Finite values of every activation by name."""
+    def bytes_per_sample(self, data: Dataset) -> int:
+        """Bytes of all activations of one sample."""
+        feeds = {name: array[:1] for name, array in data.inputs.items()}
+        return max(1, sum(int(values.nbytes) for values in self._session.run(self._outputs, feeds)))
+
+    def run(self, feeds: dict[str, Array], *, counted: int | None = None) -> Iterator[tuple[str, Array]]:
+        """Finite values of every activation by name; at most about ``counted`` of each sample."""
         values = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        samples = len(next(iter(feeds.values())))
         for name in self.names:
             array = values.get(name, feeds.get(name))
             assert array is not None
-            flat = array.reshape(-1)
+            flat = _thinned(array, samples, counted) if counted else array.reshape(-1)
             yield name, flat if np.isfinite(flat).all() else flat[np.isfinite(flat)]
+
+
+def _thinned(array: Array, samples: int, counted: int) -> Array:
+    """Values at regular places of each sample, so that the result does not depend on the batch."""
+    if array.ndim == 0 or len(array) != samples:
+        return array.reshape(-1)
+    rows = array.reshape(samples, -1)
+    step = -(-rows.shape[1] // counted)
+    if step > 1:
+        step += 1 - step % 2  # odd: an even step would meet the same columns of an even-sized image again and again
+    return rows[:, ::step].reshape(-1)
 
 
 def _collect_ends(probe: _Probe, data: Dataset, size: int, on_progress: Callable[[float], None]) -> Ranges:
@@ -162,7 +261,7 @@ def _collect_histograms(
 ) -> dict[str, NDArray[np.int64]]:
     counts = {name: np.zeros(BINS, np.int64) for name in probe.names}
     for done, feeds in whole_batches(data, size, is_fixed=probe.is_fixed):
-        for name, values in probe.run(feeds):
+        for name, values in probe.run(feeds, counted=COUNTED):
             low, high = ends[name]
             if values.size and high > low:
                 counts[name] += np.histogram(values, bins=BINS, range=(low, high))[0]
@@ -183,18 +282,49 @@ def _clip_percentile(counts: NDArray[np.int64], low: float, high: float) -> tupl
     return min(0.0, float(edges[min(first, BINS - 1)])), max(0.0, float(edges[min(last, BINS - 1) + 1]))
 
 
+def _rounded(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """The nearest 8-bit values between low and high."""
+    if high <= low:
+        return np.zeros_like(values)
+    scale = (high - low) / STEPS
+    return np.asarray(np.clip(np.round((values - low) / scale), 0, STEPS) * scale + low)
+
+
 def _clip_mse(counts: NDArray[np.int64], low: float, high: float) -> tuple[float, float]:
     """The shrunken range whose 8-bit values are nearest to the histogram's, in the sum of squares."""
-    if int(counts.sum()) == 0:
-        return low, high
     edges = np.linspace(low, high, BINS + 1)
     centers = (edges[:-1] + edges[1:]) / 2
     best, chosen = np.inf, (low, high)
     for share in SHRINKS[::-1]:
         bottom, top = low * share, high * share
-        scale = (top - bottom) / STEPS
-        nearest = np.clip(np.round((centers - bottom) / scale), 0, STEPS) * scale + bottom
-        error = float(np.dot(counts, (centers - nearest) ** 2))
+        error = float(np.dot(counts, (centers - _rounded(centers, bottom, top)) ** 2))
         if error < best:
             best, chosen = error, (bottom, top)
+    return chosen
+
+
+def _clip_entropy(counts: NDArray[np.int64], low: float, high: float) -> tuple[float, float]:
+    """The shrunken range whose 8-bit histogram is nearest to the histogram's, in Kullback-Leibler divergence."""
+    edges = np.linspace(low, high, BINS + 1)
+    centers = (edges[:-1] + edges[1:]) / 2
+    total = counts.sum()
+    best, chosen = np.inf, (low, high)
+    for share in SHRINKS[::-1]:
+        bottom, top = low * share, high * share
+        inside = (centers >= bottom) & (centers <= top)
+        reference = np.where(inside, counts, 0).astype(np.float64)
+        first, last = int(np.argmax(inside)), BINS - 1 - int(np.argmax(inside[::-1]))
+        reference[first] += counts[:first].sum()
+        reference[last] += counts[last + 1 :].sum()
+        places = np.clip(np.round((centers - bottom) / ((top - bottom) / STEPS)), 0, STEPS).astype(np.intp)
+        filled = inside & (counts > 0)
+        levels = np.bincount(places[filled], weights=counts[filled], minlength=STEPS + 1)
+        width = np.bincount(places[filled], minlength=STEPS + 1)
+        spread = np.where(filled, levels[places] / np.maximum(1, width[places]), 0.0)
+        used = reference > 0
+        p = reference[used] / total
+        q = np.maximum(spread[used] / max(1.0, spread.sum()), 1e-9)
+        divergence = float(np.sum(p * np.log(p / q)))
+        if divergence < best - 1e-12:
+            best, chosen = divergence, (bottom, top)
     return chosen

@@ -61,7 +61,7 @@ class LayerSaturation(Record, frozen=True, kw_only=True):
 
 
 class AuditFinding(Record, frozen=True, kw_only=True):
-    """One thing in the runtime's own graph that costs time or was not meant: ``text`` says what, ``repair`` what can be done."""
+    """One thing in the runtime's own graph that costs time or was not meant, and what can be done about it."""
 
     kind: FindingKind
     node: str

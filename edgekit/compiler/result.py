@@ -58,8 +58,8 @@ class OptimizeResult(Record, frozen=True, kw_only=True):
     """The whole outcome.
 
     ``candidates`` has every candidate of the plan in the plan's order, the baseline and the failed ones too; ``chosen`` and
-    ``baseline`` are among them. ``op_latency`` is by candidate name and has only those that were profiled. ``findings`` is what the
-    search learned about the model. ``warnings`` are sentences for people.
+    ``baseline`` are among them. ``op_latency`` is by candidate name and has only those that were profiled. ``findings`` is
+    what the search learned about the model. ``warnings`` are sentences for people.
     """
 
     request: RequestSummary
