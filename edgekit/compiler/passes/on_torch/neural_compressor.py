@@ -7,9 +7,11 @@ pass was given. Three things are done around the tool:
 - Its ranges are moving averages that follow the first batch most, so every batch is drawn from the whole calibration set.
 - It has no 7-bit weights. Where the target wants them, the scales of the weights are doubled: min-max ranges of 7 bits.
 - The file is run beside the quantized module and must answer the same but for values that fall on the border of two steps.
+- Convolutions before a sum get the quantizers that ONNX Runtime's integer kernels need (``on_onnx.completion``).
 
 Neural Compressor's other algorithms are not offered. In 3.10 on a CPU, PT2E dynamic does not export to ONNX; eager static,
-SmoothQuant, GPTQ, AWQ, HQQ and AutoRound stop with an error of their own.
+SmoothQuant, GPTQ, AWQ, HQQ and AutoRound stop with an error of their own; round-to-nearest (which needs accelerate, and knows
+linear layers only) is exported with float32 weights, in a file as big as the source.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgekit.compiler.calibration import BATCH_SIZE, fixed_batch
-from edgekit.compiler.export import BATCH_AXIS, NOISY_LOGGERS, OPSET, flatten_outputs, quiet
+from edgekit.compiler.export import BATCH_AXIS, NOISY_LOGGERS, OPSET, flatten_outputs, quiet, read_names
 from edgekit.compiler.graph import encode, facts_of, normalize, open_plain, read_onnx, run_once, seal
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
-from edgekit.compiler.passes.on_onnx.quantize_static import count_quantized, silenced_root
+from edgekit.compiler.passes.on_onnx.completion import complete_quantizers
+from edgekit.compiler.passes.on_onnx.quantize_static import count_quantized, find_quantization_obstacle, silenced_root
 from edgekit.compiler.passes.on_onnx.written import Array, sample_feeds, write_step
-from edgekit.compiler.passes.on_torch.export import ONNX
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError, EdgekitError
 from edgekit.schema.base import Scalar
@@ -96,9 +98,12 @@ class NeuralCompressorStatic:
             return f"the target wants int8 as {rules.format}; this pass writes QDQ"
         if rules.weights != "int8" or not rules.weight_symmetric:
             return "the target wants other weights than symmetric int8, which Neural Compressor's quantizer does not make"
-        if model.format != ONNX or model.precision != "fp32":
-            return "needs the float32 ONNX export of the torch model"
-        return find_package_obstacle()
+        if obstacle := find_quantization_obstacle(model) or find_package_obstacle():
+            return obstacle
+        inputs, _ = read_names(model.path)
+        if len(inputs) != len(context.example_inputs):
+            return f"the ONNX file has {len(inputs)} inputs, the torch model takes {len(context.example_inputs)}"
+        return None
 
     def run(self, model: WorkModel, context: PassContext) -> WorkModel:
         """Write ``neural-compressor-pt2e.onnx``.
@@ -120,7 +125,11 @@ class NeuralCompressorStatic:
             examples, shapes = _example_batch(context.example_inputs, reference)
             proto = _fold(_export(module, examples, shapes, _names(reference.graph.input), _names(reference.graph.output)))
         _take_interface(proto, reference)
-        notes = [*_count(proto), *_compare(proto, reference, module, samples)]
+        feeds = sample_feeds(reference, samples)
+        _check_same(proto, reference, module, feeds)
+        if completed := complete_quantizers(proto, samples, rules):
+            proto = seal(proto)
+        notes = _describe(proto, reference, feeds, completed)
         settings: dict[str, Scalar] = {
             "algorithm": self.algorithm,
             "method": self.method,
@@ -316,8 +325,27 @@ def _take_interface(proto: ModelProto, reference: ModelProto) -> None:
         new.extend(old)
 
 
-def _count(proto: ModelProto) -> Iterator[str]:
-    """Notes on what became int8.
+def _check_same(proto: ModelProto, reference: ModelProto, module: nn.Module, feeds: dict[str, Array]) -> None:
+    """The file against the quantized module.
+
+    Raises:
+        ArtifactError: ``model.export_mismatch`` when they differ by more than rounding.
+    """
+    import torch
+
+    with torch.no_grad():
+        answers = flatten_outputs(module(*(torch.from_numpy(feeds[name]) for name in _names(reference.graph.input))))
+    match = min(signal_to_noise_db(left.numpy(), right) for left, right in zip(answers, run_once(proto, feeds), strict=True))
+    if not match >= LEAST_MATCH_DB:
+        raise ArtifactError(
+            "model.export_mismatch",
+            f"the file differs from the quantized torch module: {match:.1f} dB, expected at least {LEAST_MATCH_DB:.0f} dB.",
+            hint="The exporter translates a quantized operator wrongly; the other int8 candidates start from the ONNX file.",
+        )
+
+
+def _describe(proto: ModelProto, reference: ModelProto, feeds: dict[str, Array], completed: int) -> tuple[str, ...]:
+    """Notes for the lineage.
 
     Raises:
         ArtifactError: ``quantization.nothing_quantized``.
@@ -329,51 +357,13 @@ def _count(proto: ModelProto) -> Iterator[str]:
             f"none of the {layers} computing layers became int8.",
             hint="Neural Compressor's quantizer knows two-dimensional convolutions and linear layers.",
         )
-    yield f"{done} of {layers} computing layers are int8"
-    if loose := _count_loose(proto):
-        yield f"{loose} convolution(s) with int8 weights compute in float32: Neural Compressor puts no quantizer behind them"
-
-
-def _count_loose(proto: ModelProto) -> int:
-    """Quantized convolutions whose answer, or the activation of it, is not quantized: the runtime has no integer kernel."""
-    readers: dict[str, list[Any]] = {}
-    for node in proto.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    makers = {name: node.op_type for node in proto.graph.node for name in node.output}
-    count = 0
-    for node in proto.graph.node:
-        if node.op_type == "Conv" and makers.get(node.input[0]) == makers.get(node.input[1]) == "DequantizeLinear":
-            after = readers.get(node.output[0], [])
-            while len(after) == 1 and after[0].op_type in {"Relu", "Clip"}:
-                after = readers.get(after[0].output[0], [])
-            count += not after or any(reader.op_type != "QuantizeLinear" for reader in after)
-    return count
-
-
-def _compare(proto: ModelProto, reference: ModelProto, module: nn.Module, samples: Dataset) -> Iterator[str]:
-    """A note on the noise against float32.
-
-    Raises:
-        ArtifactError: ``model.export_mismatch`` when the file and the quantized module differ by more than rounding.
-    """
-    import torch
-
-    feeds = sample_feeds(reference, samples)
-    names = _names(reference.graph.input)
-    found = run_once(proto, feeds)
-    with torch.no_grad():
-        answers = flatten_outputs(module(*(torch.from_numpy(feeds[name]) for name in names)))
-    match = min(signal_to_noise_db(left.numpy(), right) for left, right in zip(answers, found, strict=True))
-    if not match >= LEAST_MATCH_DB:
-        raise ArtifactError(
-            "model.export_mismatch",
-            f"the file differs from the quantized torch module: {match:.1f} dB, expected at least {LEAST_MATCH_DB:.0f} dB.",
-            hint="The exporter translates a quantized operator wrongly; the other int8 candidates start from the ONNX file.",
-        )
-    noise = min(signal_to_noise_db(left, right) for left, right in zip(run_once(reference, feeds), found, strict=True))
+    pairs = zip(run_once(reference, feeds), run_once(proto, feeds), strict=True)
+    noise = min(signal_to_noise_db(left, right) for left, right in pairs)
+    notes = [f"{done} of {layers} computing layers are int8"]
+    if completed:
+        notes.append(f"{completed} quantizer(s) added where ONNX Runtime would compute a convolution in float32")
     count = len(next(iter(feeds.values())))
-    yield f"signal to quantization noise {noise:.1f} dB on {count} calibration samples"
+    return (*notes, f"signal to quantization noise {noise:.1f} dB on {count} calibration samples")
 
 
 def signal_to_noise_db(expected: Array, found: Array) -> float:
