@@ -53,8 +53,10 @@ PACKAGES = ("neural-compressor", "torchao", "torch", "onnx", "onnxruntime")
 NEEDED = ("neural_compressor", "torchao", "prettytable", "psutil", "cpuinfo", "pydantic")
 OLDEST, NEWEST = (3, 10), (4, 0)
 INSTALL = "pip install 'edgekit[inc]'"
-LEAST_MATCH_DB = 20.0
-"""File beside quantized module, signal to difference: rounding at borders gives 40 dB and more, a wrong graph 0 to 10."""
+MOST_NOISE = 2.0
+"""File beside quantized module, in units of the quantization's own noise: correct files are at 0 to 0.5, wrong ones at 5 up."""
+NOISE_FLOOR = 1e-3
+"""Of the output's range: below that, another order of sums is all there is."""
 
 
 def find_package_obstacle() -> str | None:
@@ -66,6 +68,14 @@ def find_package_obstacle() -> str | None:
     parts = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if not OLDEST <= parts < NEWEST:
         return f"needs neural-compressor {_dotted(OLDEST)} or newer, below {_dotted(NEWEST)}; installed is {found}: {INSTALL}"
+    return None
+
+
+def _find_target_obstacle(rules: Int8Rules) -> str | None:
+    if rules.format != "qdq":
+        return f"the target wants int8 as {rules.format}; this pass writes QDQ"
+    if rules.weights != "int8" or not rules.weight_symmetric:
+        return "the target wants other weights than symmetric int8, which Neural Compressor's quantizer does not make"
     return None
 
 
@@ -93,17 +103,12 @@ class NeuralCompressorStatic:
             return "the source is an ONNX file; Neural Compressor 3 quantizes torch models"
         if not context.example_inputs:
             return "needs the torch model's example inputs"
-        rules = context.target.int8
-        if rules.format != "qdq":
-            return f"the target wants int8 as {rules.format}; this pass writes QDQ"
-        if rules.weights != "int8" or not rules.weight_symmetric:
-            return "the target wants other weights than symmetric int8, which Neural Compressor's quantizer does not make"
-        if obstacle := find_quantization_obstacle(model) or find_package_obstacle():
+        if obstacle := _find_target_obstacle(context.target.int8) or find_quantization_obstacle(model):
             return obstacle
         inputs, _ = read_names(model.path)
         if len(inputs) != len(context.example_inputs):
             return f"the ONNX file has {len(inputs)} inputs, the torch model takes {len(context.example_inputs)}"
-        return None
+        return find_package_obstacle()
 
     def run(self, model: WorkModel, context: PassContext) -> WorkModel:
         """Write ``neural-compressor-pt2e.onnx``.
@@ -335,13 +340,25 @@ def _check_same(proto: ModelProto, reference: ModelProto, module: nn.Module, fee
 
     with torch.no_grad():
         answers = flatten_outputs(module(*(torch.from_numpy(feeds[name]) for name in _names(reference.graph.input))))
-    match = min(signal_to_noise_db(left.numpy(), right) for left, right in zip(answers, run_once(proto, feeds), strict=True))
-    if not match >= LEAST_MATCH_DB:
-        raise ArtifactError(
-            "model.export_mismatch",
-            f"the file differs from the quantized torch module: {match:.1f} dB, expected at least {LEAST_MATCH_DB:.0f} dB.",
-            hint="The exporter translates a quantized operator wrongly; the other int8 candidates start from the ONNX file.",
-        )
+    for index, (exact, answer, found) in enumerate(
+        zip(run_once(reference, feeds), answers, run_once(proto, feeds), strict=True)
+    ):
+        wanted = answer.numpy()
+        noise = max(_rms(wanted, exact), NOISE_FLOOR * float(np.max(np.abs(exact), initial=1e-9)))
+        if not _rms(found, wanted) <= MOST_NOISE * noise:
+            raise ArtifactError(
+                "model.export_mismatch",
+                f"output {index} of the file differs from the quantized torch module by {_rms(found, wanted):.3g} (root mean "
+                f"square), expected at most {MOST_NOISE:g} times the quantization's own {noise:.3g}.",
+                hint="The exporter translates a quantized operator wrongly; the other int8 candidates stand.",
+            )
+
+
+def _rms(left: Array, right: Array) -> float:
+    """Root mean square of the difference; infinite where the shapes differ."""
+    if left.shape != right.shape:
+        return float("inf")
+    return float(np.sqrt(np.mean(np.square(left.astype(np.float64) - right)))) if left.size else 0.0
 
 
 def _describe(proto: ModelProto, reference: ModelProto, feeds: dict[str, Array], completed: int) -> tuple[str, ...]:
