@@ -25,7 +25,7 @@ TORCH = "torch==2.13.0"
 PACKAGES: dict[str, tuple[str, ...]] = {
     "ort": ("onnxruntime", "onnx", "sympy"),
     "nncf": ("nncf", "onnx", "onnxruntime"),
-    "olive": (TORCH, "olive-ai", "onnxruntime"),
+    "olive": (TORCH, "olive-ai", "onnxruntime", "requests"),
     "inc": (TORCH, "torchvision", "neural-compressor[pt]", "onnx2torch", "onnxscript"),
 }
 MAIN_PACKAGE = {"ort": "onnxruntime", "nncf": "nncf", "olive": "olive-ai", "inc": "neural-compressor", "edgekit": "edgekit"}

@@ -30,7 +30,13 @@ TIME_LIMIT_S = 600.0
 BUDGET_MISSED = 1
 """edgekit's exit status when its own budget is missed; its best candidate is written all the same."""
 BYTES_PER_KIB, BYTES_PER_MB = 1024, 1e6
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "NNCF_CI": "1", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "NNCF_CI": "1",
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 """One thread for OpenMP, and no telemetry from the tools."""
 
 
@@ -45,7 +51,10 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What happened; ``failure`` is the last line of error where no model was written. ``given`` names model and data."""
+    """What happened: ``failure`` is the last line of error where no model was written.
+
+    ``given`` names the model and the data, or is empty where the tool could not be started: then the next call tries again.
+    """
 
     tool: str
     version: str
@@ -63,6 +72,15 @@ def read_run(record: Path) -> Run | None:
         return None
 
 
+def given_to(source: Path) -> str:
+    """SHA-256 of a model's files that tools get."""
+    digests = []
+    for name in ("model.onnx", "calibration.npz"):
+        with (source / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
+
+
 def run_tool(cache: Path, model: str, tool: Tool, *, is_fresh: bool = False, time_limit_s: float = TIME_LIMIT_S) -> Run:
     """Run one tool on one model, or read what it did before with the same model and data.
 
@@ -76,7 +94,7 @@ def run_tool(cache: Path, model: str, tool: Tool, *, is_fresh: bool = False, tim
     job = Job(cache=cache, model=model, tool=tool)
     record = job.folder / "run.json"
     known = None if is_fresh else read_run(record)
-    if known and known.given == job.given():
+    if known and known.given == given_to(job.source):
         return known
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
@@ -114,14 +132,6 @@ class Job:
         """The interpreter that runs it."""
         return environment_python(self.cache, self.tool.family)
 
-    def given(self) -> str:
-        """SHA-256 of the model and of its calibration data."""
-        digests = []
-        for name in ("model.onnx", "calibration.npz"):
-            with (self.source / name).open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        return " ".join(digests)
-
     def about(self) -> dict[str, Any]:
         """The model's description."""
         text = (self.source / "about.json").read_text(encoding="utf-8")
@@ -147,13 +157,15 @@ def is_transformer(about: dict[str, Any]) -> bool:
 
 
 def _run(job: Job, time_limit_s: float) -> Run:
-    cost, failure = Cost(seconds=0.0, cpu_seconds=0.0, peak_rss_mb=0.0), None
+    cost = Cost(seconds=0.0, cpu_seconds=0.0, peak_rss_mb=0.0)
+    if not job.python.exists():
+        return Run(tool=job.tool.name, version="", given="", cost=cost, failure="its environment could not be made")
     if job.tool.needs_labels and job.about()["metric"] != "top1":
         failure = "is for labels and top-1 accuracy only"
     else:
         cost, failure = _execute(job, time_limit_s)
     version = installed_version(job.python, job.tool.family)
-    return Run(tool=job.tool.name, version=version, given=job.given(), cost=cost, failure=failure)
+    return Run(tool=job.tool.name, version=version, given=given_to(job.source), cost=cost, failure=failure)
 
 
 def _execute(job: Job, time_limit_s: float) -> tuple[Cost, str | None]:
