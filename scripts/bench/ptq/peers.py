@@ -26,7 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "ort": ("onnxruntime", "onnx", "sympy"),
     "nncf": ("nncf", "onnx", "onnxruntime"),
     "olive": (TORCH, "olive-ai", "onnxruntime", "requests"),
-    "inc": (TORCH, "torchvision", "neural-compressor[pt]", "onnx2torch", "onnxscript"),
+    "inc": (TORCH, "neural-compressor[pt]", "onnx2torch", "onnxscript", "onnxruntime"),
 }
 MAIN_PACKAGE = {"ort": "onnxruntime", "nncf": "nncf", "olive": "olive-ai", "inc": "neural-compressor", "edgekit": "edgekit"}
 
