@@ -43,6 +43,9 @@ def optimize(
     ),
     threads: int | None = typer.Option(None, min=1, help="Threads of the timing; default: the target's."),
     labels: Path | None = typer.Option(None, help="File with the names of the classes, one a line."),
+    time_limit: float | None = typer.Option(
+        None, "--time-limit", min=1.0, metavar="SECONDS", help="For the whole run: the best so far wins."
+    ),
     is_json: bool = typer.Option(False, "--json", help="Print the chosen candidate's record (or the plan) as JSON."),
     is_dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan of candidates and stop."),
     is_quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress on stderr."),
@@ -70,6 +73,7 @@ def optimize(
         input_shapes=_parse_shapes(shapes),
         labels=_read_labels(labels),
         threads=threads,
+        time_limit=time_limit,
     )
     if is_dry_run:
         _print_plan(request, is_json=is_json, is_quiet=is_quiet)

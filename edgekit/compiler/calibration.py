@@ -56,7 +56,8 @@ class Statistics:
         if method == "minmax" or self.high <= self.low or not self.counts.any():
             return self.low, self.high
         chosen = {"percentile": _clip_percentile, "mse": _clip_mse, "entropy": _clip_entropy}[method]
-        return chosen(self.counts, self.low, self.high)
+        low, high = chosen(self.counts, self.low, self.high)
+        return float(low), float(high)
 
     def sqnr_db(self, low: float, high: float) -> float:
         """SQNR of the values on 8 bits between ``low`` and ``high``, in dB; 200 where nothing is lost."""

@@ -220,6 +220,12 @@ def check_budget(item: Measured, budget: Budget, *, target: str = "") -> tuple[B
     return tuple(_check(item, term, target) for term in budget.terms)
 
 
+def is_quality_met(item: Measured, budget: Budget) -> bool:
+    """Whether the terms about quality are met; latency, size and memory are not looked at."""
+    quality = [term for term in budget.terms if term.quantity in ("drop", "value")]
+    return all(_check(item, term, "").is_met for term in quality)
+
+
 def _check(item: Measured, term: Term, target: str) -> BudgetCheck:
     value, note = _value_of(item, term.quantity, target)
     if value is None:

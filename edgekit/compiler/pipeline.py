@@ -25,15 +25,17 @@ from numpy.typing import NDArray
 from edgekit import __version__
 from edgekit.benchmark.fingerprint import fingerprint
 from edgekit.benchmark.latency import measure
-from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, judge
+from edgekit.compiler.findings import Findings
+from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge
 from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.op_profile import profile_operators
 from edgekit.compiler.output import open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
-from edgekit.compiler.passes.registry import BASELINE, Recipe
+from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
 from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
+from edgekit.compiler.search import Search
 from edgekit.dataset.data import Dataset
 from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError, EdgekitError
@@ -51,6 +53,36 @@ Array = NDArray[Any]
 TIMING_SECONDS: dict[Effort, float] = {"fast": 0.5, "default": 1.0, "max": 4.0}
 BYTES_PER_MB = 1e6
 DYNAMIC = "int8-dynamic"
+
+
+MAKE_SHARE, EVALUATE_SHARE, SEARCH_SHARE = 0.45, 0.6, 0.75
+"""Of a time limit: what comes after these shares is no longer begun."""
+MIN_TIMING_SECONDS = 0.1
+MIN_RUNS, FEWEST_RUNS = 50, 10
+
+
+class Clock:
+    """A time limit; without one nothing is ever late."""
+
+    def __init__(self, limit: float | None, started: float) -> None:
+        self._limit = limit
+        self._started = started
+
+    def share_spent(self) -> float:
+        """Share of the limit that is gone."""
+        return (time.monotonic() - self._started) / self._limit if self._limit else 0.0
+
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self._started + self._limit - time.monotonic() if self._limit else float("inf")
+
+    def deadline(self, share: float) -> float:
+        """When this share of the limit is gone, on the monotonic clock."""
+        return self._started + share * self._limit if self._limit else float("inf")
+
+    def words(self) -> str:
+        """For people."""
+        return f"the time limit of {self._limit:g} s came first"
 
 
 @dataclass(kw_only=True)
@@ -83,14 +115,17 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
     started = time.monotonic()
     reporter = Reporter(on_event)
     prepared = prepare(request, reporter)
-    candidates = make_candidates(prepared, reporter)
+    clock = Clock(prepared.request.time_limit, started)
+    candidates = make_candidates(prepared, reporter, clock)
     try:
-        evaluate_candidates(prepared, candidates, reporter)
-        time_candidates(prepared, candidates, reporter)
+        evaluate_candidates(prepared, candidates, reporter, clock)
+        search = search_candidates(prepared, candidates, reporter, clock)
+        time_candidates(prepared, candidates, reporter, clock)
         reporter.tell("write", "judging and writing")
         budget = _whole_budget(prepared, candidates)
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
-        result = _assemble(prepared, candidates, budget, judgement, started)
+        findings = search.findings(judgement.chosen) if search else Findings()
+        result = _assemble(prepared, candidates, budget, judgement, started, findings)
         write_output(prepared, candidates, result)
     finally:
         for item in candidates:
@@ -103,7 +138,7 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
 # --- make -------------------------------------------------------------------------------------------------------------------
 
 
-def make_candidates(prepared: Prepared, reporter: Reporter) -> list[Made]:
+def make_candidates(prepared: Prepared, reporter: Reporter, clock: Clock) -> list[Made]:
     """Run every recipe; passes that recipes share run once.
 
     Raises:
@@ -114,6 +149,9 @@ def make_candidates(prepared: Prepared, reporter: Reporter) -> list[Made]:
     count = len(prepared.recipes)
     for index, recipe in enumerate(prepared.recipes):
         part = _part(lambda text, done: reporter.tell("make", text, done), index, count)
+        if recipe.name != BASELINE and clock.share_spent() > MAKE_SHARE:
+            made.append(Made(name=recipe.name, failure=f"not made: {clock.words()}"))
+            continue
         part(f"making {recipe.name}", 0.0)
         item = _make(recipe, prepared, steps, _prefixed(part, recipe.name))
         if recipe.name == BASELINE and item.failure is not None:
@@ -164,18 +202,40 @@ def _part(tell: Callable[[str, float], None], index: int, count: int) -> Callabl
 # --- evaluate ---------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter) -> None:
+def evaluate_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter, clock: Clock) -> None:
     """Load and run every candidate on the evaluation data; one that answers wrongly becomes a failed one.
+
+    Those that the time is not enough for are given up, the smallest files last.
 
     Raises:
         EdgekitError: when the baseline itself does not run on the data.
     """
-    baseline = candidates[0]
-    expected: dict[str, Array] | None = None
-    for index, item in enumerate(candidates):
-        if item.model is None:
+    evaluator = Evaluator(prepared, candidates[0])
+    waiting = [item for item in candidates if item.model is not None]
+    for index, item in enumerate(waiting):
+        if item is not candidates[0] and clock.share_spent() > EVALUATE_SHARE:
+            item.fail(f"made, but not evaluated: {clock.words()}")
             continue
-        reporter.tell("evaluate", f"evaluating {item.name} on {len(prepared.evaluation)} samples", index / len(candidates))
+        reporter.tell("evaluate", f"evaluating {item.name} on {len(prepared.evaluation)} samples", index / len(waiting))
+        evaluator.evaluate(item)
+
+
+class Evaluator:
+    """Evaluates candidates against the baseline, whose answers it keeps."""
+
+    def __init__(self, prepared: Prepared, baseline: Made) -> None:
+        self._prepared = prepared
+        self._baseline = baseline
+        self._expected: dict[str, Array] | None = None
+
+    def evaluate(self, item: Made) -> None:
+        """Open the candidate's session and measure its quality; what fails is noted in the candidate.
+
+        Raises:
+            EdgekitError: when the baseline itself does not run on the data.
+        """
+        assert item.model is not None
+        prepared, baseline = self._prepared, self._baseline
         try:
             item.session = open_session(item.model.path, options=SessionOptions(threads=prepared.threads))
             if item is not baseline:
@@ -184,17 +244,55 @@ def evaluate_candidates(prepared: Prepared, candidates: list[Made], reporter: Re
             key = _evaluation_key(prepared, item, baseline)
             item.evaluation = prepared.cache.find_evaluation(key)
             if item.evaluation is not None:
-                continue
-            if expected is None:
+                return
+            if self._expected is None:
                 assert baseline.session is not None
-                expected = predict(baseline.session, prepared.evaluation)
-            outputs = expected if item is baseline else _predict(item, prepared.evaluation)
-            item.evaluation = _evaluate(prepared, outputs, expected)
+                self._expected = predict(baseline.session, prepared.evaluation)
+            outputs = self._expected if item is baseline else _predict(item, prepared.evaluation)
+            item.evaluation = _evaluate(prepared, outputs, self._expected)
             prepared.cache.keep_evaluation(key, item.evaluation)
         except EdgekitError as error:
             if item is baseline:
                 raise
             item.fail(f"made, but does not run: {error.message}")
+
+
+# --- search -----------------------------------------------------------------------------------------------------------------
+
+
+def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter, clock: Clock) -> Search | None:
+    """Look for mixed precision that is faster or more accurate than the fixed candidates, and add what was found."""
+    is_wanted = prepared.target.runtime == "onnxruntime" and prepared.target.int8.format == "qdq"
+    optimized = next((item.model for item in candidates if item.name == "fp32-optimized" and item.failure is None), None)
+    if not is_wanted or optimized is None or clock.share_spent() > SEARCH_SHARE:
+        return None
+    reporter.tell("search", "looking at every layer")
+    evaluator = Evaluator(prepared, candidates[0])
+    budget = _whole_budget(prepared, candidates)
+    steps: dict[tuple[str, ...], WorkModel] = {(OPTIMIZE.describe(),): optimized}
+
+    def attempt(recipe: Recipe) -> bool:
+        item = _make(recipe, prepared, steps, lambda text, done: reporter.tell("search", f"{recipe.name}: {text}", done))
+        candidates.append(item)
+        if item.model is None:
+            return False
+        reporter.tell("search", f"evaluating {recipe.name}", 0.9)
+        evaluator.evaluate(item)
+        return item.failure is None and is_quality_met(_measured(item), budget)
+
+    with opened(optimized.path, prepared.threads) as session:
+        feeds = one_sample(session, prepared.evaluation)
+    search = Search(
+        model=optimized,
+        context=replace(prepared.context, on_progress=lambda text, done: reporter.tell("search", text, done)),
+        feeds=feeds,
+        threads=prepared.threads,
+        host=prepared.target_digest,
+        attempt=attempt,
+        deadline=clock.deadline(SEARCH_SHARE),
+    )
+    search.run()
+    return search
 
 
 def _predict(item: Made, data: Dataset) -> dict[str, Array]:
@@ -240,7 +338,7 @@ def _check_interface(session: Session, baseline: Session) -> None:
 # --- time -------------------------------------------------------------------------------------------------------------------
 
 
-def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter) -> None:
+def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Reporter, clock: Clock) -> None:
     """One interleaved run over all candidates, a batch of one real sample."""
     sessions = {item.name: item.session for item in candidates if item.session is not None}
     text = f"timing {len(sessions)} candidates against each other"
@@ -254,7 +352,8 @@ def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Report
             is_on_target=prepared.is_on_target,
             threads=prepared.threads,
             twin=twin,
-            seconds=TIMING_SECONDS[prepared.request.effort],
+            seconds=min(TIMING_SECONDS[prepared.request.effort], max(MIN_TIMING_SECONDS, clock.left() / (len(sessions) + 2))),
+            min_runs=MIN_RUNS if clock.left() > 0 else FEWEST_RUNS,
             seed=prepared.request.seed,
             on_progress=lambda _text, done: reporter.tell("time", text, done),
         )
@@ -307,7 +406,7 @@ def _measured(item: Made) -> Measured:
 
 
 def _assemble(
-    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, started: float
+    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, started: float, findings: Findings
 ) -> OptimizeResult:
     now = datetime.now(UTC).replace(microsecond=0)
     records = {item.name: _record(prepared, item, judgement, now) for item in candidates}
@@ -326,6 +425,7 @@ def _assemble(
         host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
         warnings=(*prepared.warnings, *_doubts(records[judgement.chosen])),
         op_latency=_profile(prepared, candidates, {BASELINE, judgement.chosen}),
+        findings=findings,
     )
 
 

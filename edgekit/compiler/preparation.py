@@ -35,7 +35,14 @@ from edgekit.target.probe import host_isa, is_host
 FEW_SAMPLES = 500
 """Below this many evaluation samples one wrong answer is 0.2 points or more."""
 DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
-STAGES = {"prepare": (0.0, 0.08), "make": (0.08, 0.55), "evaluate": (0.55, 0.75), "time": (0.75, 0.97), "write": (0.97, 1.0)}
+STAGES = {
+    "prepare": (0.0, 0.08),
+    "make": (0.08, 0.3),
+    "evaluate": (0.3, 0.4),
+    "search": (0.4, 0.75),
+    "time": (0.75, 0.97),
+    "write": (0.97, 1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,8 @@ class OptimizeRequest:
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     threads: int | None = None
+    time_limit: float | None = None
+    """Seconds for the whole run; what is not begun by then is left out, and the best so far wins."""
 
 
 @dataclass(frozen=True, kw_only=True)

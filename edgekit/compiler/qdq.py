@@ -186,7 +186,9 @@ class QdqGraph:
 
 def along(scale: Array, axis: int, rank: int) -> Array:
     """Scales shaped to multiply a tensor of ``rank`` along ``axis``; a scalar stays one."""
-    return scale.reshape([-1 if place == axis % rank else 1 for place in range(rank)]) if scale.ndim and scale.size > 1 else scale
+    return (
+        scale.reshape([-1 if place == axis % rank else 1 for place in range(rank)]) if scale.ndim and scale.size > 1 else scale
+    )
 
 
 def narrow_weights(proto: ModelProto, layers: Collection[str]) -> None:

@@ -62,6 +62,8 @@ class Simulator:
 
     def __init__(self, proto: ModelProto, quantized: ModelProto, data: Dataset, *, threads: int = 1) -> None:
         switched, self.units, self._switches = add_switches(proto, quantized)
+        self._switched = switched
+        self._threads = threads
         self.tensors = tuple(name for name in self._switches if not name.startswith("weight:"))
         self._session = _open(switched, threads)
         self._names = [item.name for item in self._session.get_outputs()]
@@ -72,18 +74,24 @@ class Simulator:
         self.reference = self.outputs(())
         self._signals = [max(NO_NOISE, _power(values)) for values in self.reference]
 
-    def outputs(
-        self, switches: Collection[str], overrides: Mapping[str, Array] | None = None, data: Dataset | None = None
-    ) -> list[Array]:
+    def outputs(self, switches: Collection[str], overrides: Mapping[str, Array] | None = None) -> list[Array]:
         """Every output over all samples with these switches on; ``overrides`` replace initializers of the simulation."""
-        feeds = {f"{SWITCH}{name}": np.array(name in switches) for name in self._switches}
-        feeds.update(overrides or {})
-        parts = [
-            self._session.run(None, {**feeds, **batch})
-            for _done, batch in whole_batches(data or self.data, self._size, is_fixed=self._is_fixed)
-        ]
+        feeds = self.feeds(switches, overrides)
+        parts = [self._session.run(None, {**feeds, **batch}) for batch in self.batches()]
         self.runs += 1
         return [np.concatenate([part[place] for part in parts]) for place in range(len(self._names))]
+
+    def probe(self, tensors: Iterable[str]) -> Probe:
+        """A session of the same simulation that gives inner tensors; what a Relu swallowed is ``tensor/unclipped``."""
+        return Probe(self, self._switched, tuple(tensors), self._threads)
+
+    def feeds(self, switches: Collection[str], overrides: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """The switches and overrides as inputs."""
+        return {**{f"{SWITCH}{name}": np.array(name in switches) for name in self._switches}, **(overrides or {})}
+
+    def batches(self) -> Iterator[dict[str, Array]]:
+        """The samples, batch by batch."""
+        return (batch for _done, batch in whole_batches(self.data, self._size, is_fixed=self._is_fixed))
 
     def noise(self, switches: Collection[str], overrides: Mapping[str, Array] | None = None) -> float:
         """Noise power over signal power of the worst floating-point output."""
@@ -94,6 +102,13 @@ class Simulator:
         pairs = zip(self.reference, outputs, self._signals, strict=True)
         return max((_power(a.astype(np.float64) - b) / signal for a, b, signal in pairs if a.dtype.kind == "f"), default=0.0)
 
+    def initializer(self, name: str) -> Array | None:
+        """A weight or bias of the simulation as it stands, or None where there is none of this name."""
+        from onnx import numpy_helper
+
+        found = next((item for item in self._switched.graph.initializer if item.name == name), None)
+        return None if found is None else np.asarray(numpy_helper.to_array(found))
+
     def switches_of(self, units: Iterable[str]) -> frozenset[str]:
         """The switches that are on when these units are int8."""
         return frozenset(name for unit in units for name in self.units[unit].switches)
@@ -102,6 +117,34 @@ class Simulator:
     def all_switches(self) -> frozenset[str]:
         """Everything in int8."""
         return frozenset(self._switches)
+
+
+class Probe:
+    """Inner tensors of a simulation."""
+
+    def __init__(self, simulator: Simulator, switched: ModelProto, tensors: tuple[str, ...], threads: int) -> None:
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(switched)
+        made = {name for node in model.graph.node for name in node.output}
+        self.tensors = tuple(name for name in tensors if name in made)
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.tensors)
+        self._simulator = simulator
+        self._session = _open(model, threads)
+
+    def run(
+        self,
+        switches: Collection[str],
+        overrides: Mapping[str, Array] | None = None,
+        wanted: Iterable[str] | None = None,
+    ) -> Iterator[dict[str, Array]]:
+        """The tensors by name (all of the probe, or the ones wanted), batch by batch."""
+        feeds = self._simulator.feeds(switches, overrides)
+        names = self.tensors if wanted is None else tuple(wanted)
+        for batch in self._simulator.batches():
+            yield dict(zip(names, self._session.run(list(names), {**feeds, **batch}), strict=True))
 
 
 def decibels(noise: float) -> float:
@@ -147,7 +190,7 @@ def add_switches(proto: ModelProto, quantized: ModelProto) -> tuple[ModelProto, 
         result = node.output[0]
         quantizer = graph.makers.get(node.input[0])
         is_weight = quantizer is None or quantizer.op_type != "QuantizeLinear"
-        plain = _original(node.input[0], originals) if is_weight else quantizer.input[0]
+        plain = quantizer.input[0] if quantizer is not None and not is_weight else _original(node.input[0], originals)
         if not plain:
             nodes.append(node)
             continue
@@ -165,6 +208,9 @@ def add_switches(proto: ModelProto, quantized: ModelProto) -> tuple[ModelProto, 
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     del model.graph.value_info[:]
+    shaped = [helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)) for item in model.graph.initializer]
+    known = {item.name for item in model.graph.input}
+    model.graph.input.extend(item for item in shaped if item.name not in known)  # inputs with a default: a run can replace them
     model.graph.input.extend(helper.make_tensor_value_info(f"{SWITCH}{name}", TensorProto.BOOL, []) for name in switches)
     return model, units, tuple(switches)
 
@@ -206,13 +252,11 @@ def find_units(graph: QdqGraph) -> Iterator[Unit]:
             quantizer = graph.makers.get(dequantizer.input[0])
             if quantizer is not None:
                 data.append(quantizer.input[0])
-            elif graph.initializers[dequantizer.input[0]].data_type != 6:  # noqa: PLR2004  TensorProto.INT32: a bias
+            elif graph.initializers[dequantizer.input[0]].data_type != 6:
                 weights.append(f"weight:{dequantizer.input[0]}")
         if not data:
             continue
-        results = [
-            name for name in node.output if any(user.op_type == "QuantizeLinear" for user in graph.uses.get(name, ()))
-        ]
+        results = [name for name in node.output if any(user.op_type == "QuantizeLinear" for user in graph.uses.get(name, ()))]
         yield Unit(
             name=node.name, op_type=node.op_type, activations=tuple(dict.fromkeys((*data, *results))), weights=tuple(weights)
         )

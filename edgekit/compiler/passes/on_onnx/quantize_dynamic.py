@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from edgekit.compiler.export import quiet
 from edgekit.compiler.graph import encode, facts_of, read_onnx, seal
 from edgekit.compiler.passes.base import PassContext, WorkModel
-from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle, infer, silenced_root
+from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle
 from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.compiler.qdq import infer, silenced_root
 from edgekit.errors import ArtifactError
 from edgekit.runtime.ort import load_onnxruntime
 

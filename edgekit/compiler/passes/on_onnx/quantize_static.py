@@ -7,17 +7,14 @@ float32 is left out: it would cost accuracy and save nothing.
 
 from __future__ import annotations
 
-import logging
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from edgekit.compiler.calibration import Method, Ranges, collect_ranges
-from edgekit.compiler.export import quiet
+from edgekit.compiler.calibration import Method, collect_ranges
 from edgekit.compiler.graph import facts_of, read_onnx, seal
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.compiler.qdq import COMPUTING, QdqPlan, count_quantized, write_qdq
 from edgekit.dataset.data import spread_indices
 from edgekit.errors import ArtifactError
 from edgekit.schema.digest import short
@@ -25,19 +22,9 @@ from edgekit.schema.digest import short
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-logger = logging.getLogger(__name__)
 PACKAGES = ("onnx", "onnxruntime")
 SAMPLES: dict[Effort, int] = {"fast": 100, "default": 400, "max": 2000}
 Kept = Literal["none", "edges"]
-COMPUTING = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-QUANTIZED_OPERATORS = (
-    *("Conv", "MatMul", "Gemm", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Add", "Mul", "Concat", "Split", "Where"),
-    *("MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Gather"),
-    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"),
-)  # fmt: skip
-"""What ONNX Runtime's CPU provider fuses into integer kernels or passes through without a conversion."""
-FLOAT_ANSWERING = ("Gemm", "MatMul")
-"""Integer kernels of these have a form that answers in float32."""
 
 
 def find_quantization_obstacle(model: WorkModel) -> str | None:
@@ -111,9 +98,15 @@ class QuantizeStatic:
             on_progress=lambda done: context.on_progress(text, 0.9 * done),
         )
         excluded = edge_layers(proto) if self.kept == "edges" else ()
-        quantized = self._quantize(proto, ranges, context, excluded)
-        loose = remove_output_pairs(quantized)
-        notes = _describe(quantized, excluded, loose)
+        plan = QdqPlan(
+            ranges=ranges,
+            rules=context.target.int8,
+            is_per_channel=self.is_per_channel,
+            reduce_range=self._reduces(context),
+            float_nodes=excluded,
+        )
+        quantized = write_qdq(proto, plan)
+        notes = _describe(quantized, excluded)
         return write_step(
             seal(quantized),
             model,
@@ -142,64 +135,6 @@ class QuantizeStatic:
             "calibration": short(context.calibration.digest),
         }
 
-    def _quantize(self, proto: ModelProto, ranges: Ranges, context: PassContext, excluded: tuple[str, ...]) -> ModelProto:
-        from onnxruntime.quantization import QuantType
-        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
-        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-        rules = context.target.int8
-        kinds = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8}
-        pairs = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
-        options = {
-            "ActivationSymmetric": rules.activation_symmetric,
-            "WeightSymmetric": rules.weight_symmetric,
-            "DedicatedQDQPair": False,
-        }
-        try:
-            with quiet("onnxruntime.quantization", "root"), silenced_root():
-                quantizer = QDQQuantizer(
-                    infer(proto),
-                    self.is_per_channel,
-                    self._reduces(context),
-                    kinds[rules.weights],
-                    kinds[rules.activations],
-                    TensorsData(CalibrationMethod.MinMax, pairs),
-                    [],
-                    list(excluded),
-                    list(QUANTIZED_OPERATORS),
-                    options,
-                )
-                quantizer.quantize_model()
-        except Exception as error:
-            raise ArtifactError(
-                "quantization.failed",
-                f"onnxruntime's quantizer refuses the model: {type(error).__name__}: {str(error)[:200]}",
-                hint="The fp32 candidates stand; report the model if it should quantize.",
-            ) from error
-        result: ModelProto = quantizer.model.model
-        return result
-
-
-class silenced_root:  # noqa: N801  reads as a statement: with silenced_root():
-    """The quantizer logs through the root logger; nothing of it is for the user."""
-
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-
-    def __exit__(self, *_exception: object) -> None:
-        logging.disable(self._before)
-
-
-def infer(proto: ModelProto) -> ModelProto:
-    """A copy with the shapes and types of inner tensors, marked as inferred for the quantizer."""
-    from onnx import shape_inference
-
-    inferred = shape_inference.infer_shapes(proto)
-    entry = inferred.metadata_props.add()
-    entry.key, entry.value = "onnx.infer", "onnxruntime.quant"
-    return inferred
-
 
 def edge_layers(proto: ModelProto) -> tuple[str, ...]:
     """Names of the first and the last layer that has weights."""
@@ -214,33 +149,7 @@ def _inner_layers(proto: ModelProto) -> int:
     return sum(node.op_type in COMPUTING and node.name not in edges for node in proto.graph.node)
 
 
-def remove_output_pairs(proto: ModelProto) -> int:
-    """Take out the Q/DQ pair before an output whose producer answers in float32; the number of pairs removed."""
-    graph = proto.graph
-    makers = {name: node for node in graph.node for name in node.output}
-    uses: dict[str, int] = {}
-    for node in graph.node:
-        for name in node.input:
-            uses[name] = uses.get(name, 0) + 1
-    gone: list[Any] = []
-    for output in graph.output:
-        dequantize = makers.get(output.name)
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or uses.get(output.name):
-            continue
-        quantize = makers.get(dequantize.input[0])
-        if quantize is None or quantize.op_type != "QuantizeLinear" or uses[dequantize.input[0]] > 1:
-            continue
-        producer = makers.get(quantize.input[0])
-        if producer is None or producer.op_type not in FLOAT_ANSWERING or uses[quantize.input[0]] > 1:
-            continue
-        producer.output[0] = output.name
-        gone += [quantize, dequantize]
-    for node in gone:
-        graph.node.remove(node)
-    return len(gone) // 2
-
-
-def _describe(proto: ModelProto, excluded: tuple[str, ...], loose: int) -> tuple[str, ...]:
+def _describe(proto: ModelProto, excluded: tuple[str, ...]) -> tuple[str, ...]:
     """Notes for the lineage.
 
     Raises:
@@ -256,14 +165,4 @@ def _describe(proto: ModelProto, excluded: tuple[str, ...], loose: int) -> tuple
     notes = [f"{done} of {all_layers} computing layers are int8"]
     if excluded:
         notes.append(f"kept in fp32: {', '.join(excluded)}")
-    if loose:
-        notes.append(f"{loose} output(s) answer in float32 directly")
     return tuple(notes)
-
-
-def count_quantized(proto: ModelProto) -> tuple[int, int]:
-    """Computing layers whose inputs come from DequantizeLinear, and all computing layers."""
-    made_by = {name: node.op_type for node in proto.graph.node for name in node.output}
-    layers = [node for node in proto.graph.node if node.op_type in COMPUTING]
-    done = sum(all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2]) for node in layers)
-    return done, len(layers)

@@ -34,8 +34,9 @@ from edgekit.compiler.export import BATCH_AXIS, NOISY_LOGGERS, OPSET, flatten_ou
 from edgekit.compiler.graph import encode, facts_of, normalize, open_plain, read_onnx, run_once, seal
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.completion import complete_quantizers
-from edgekit.compiler.passes.on_onnx.quantize_static import count_quantized, find_quantization_obstacle, silenced_root
+from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle
 from edgekit.compiler.passes.on_onnx.written import Array, sample_feeds, write_step
+from edgekit.compiler.qdq import count_quantized, silenced_root
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError, EdgekitError
 from edgekit.schema.base import Scalar

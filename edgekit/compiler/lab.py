@@ -1,0 +1,330 @@
+"""The workbench of the search: one float32 model with its statistics, simulation, sensitivities and costs.
+
+Everything is decided on calibration data: sensitivities on the samples that int8 degrades most (a mean over easy samples hides
+what breaks), each step of the ladder on other samples than it was made from. The evaluation data judges finished candidates
+only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.compiler.calibration import METHODS, Method, Statistics, collect_statistics, fixed_batch
+from edgekit.compiler.costs import Costs, measure_costs
+from edgekit.compiler.findings import LadderStep, LayerSensitivity, TensorRange
+from edgekit.compiler.qdq import QdqGraph, QdqPlan, write_qdq
+from edgekit.compiler.refine import Overrides, apply, correct_biases, fit_scales, round_with_feedback
+from edgekit.compiler.simulate import Simulator, decibels
+from edgekit.compiler.solve import Choice, Wiring, choose, wire
+from edgekit.dataset.data import Dataset, spread_indices
+from edgekit.errors import ArtifactError
+from edgekit.schema.target import Int8Rules
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Array = NDArray[Any]
+Tell = Callable[[str, float], None]
+POOL = 64
+"""Calibration samples out of which the worst-degraded are ranked on."""
+RANKED = 32
+JUDGED = 24
+GAIN_DB = 0.05
+"""A step must gain this much on samples it has not seen."""
+MIN_RELATIVE_GAIN = 0.95
+"""Another calibrator must bring a tensor's noise below this share of min-max's."""
+STEPS = ("calibrator", "scales", "feedback", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Climb:
+    """How far a ladder went: the units it was walked with, the calibrator by tensor, the steps kept, what each measured."""
+
+    units: frozenset[str]
+    methods: dict[str, Method]
+    steps: tuple[str, ...]
+    ladder: tuple[LadderStep, ...]
+    noise: float
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """Statistics, simulation and costs of one float32 model; parts are made when they are asked for."""
+
+    proto: ModelProto
+    calibration: Dataset
+    rules: Int8Rules
+    is_per_channel: bool
+    reduce_range: bool
+    seed: int
+    threads: int
+    host: str
+    sweep_seconds: float = 0.0
+    ranked: tuple[int, ...] = ()
+    """Indices of the calibration samples to rank on; empty: chosen here, as many as ``sweep_seconds`` allow."""
+    tell: Tell = field(default=lambda _text, _done: None)
+
+    def __post_init__(self) -> None:
+        from onnx import numpy_helper
+
+        self.statistics: dict[str, Statistics] = collect_statistics(self.proto, self.calibration)
+        self.originals = {item.name: np.asarray(numpy_helper.to_array(item)) for item in self.proto.graph.initializer}
+        self.quantized = write_qdq(self.proto, self.plan({}, ()))
+        self.graph = QdqGraph(self.quantized)
+        if not self.ranked:
+            self.ranked = self._pick_samples()
+        self.simulator = Simulator(self.proto, self.quantized, self.calibration.select(self.ranked))
+        self._judge: Simulator | None = None
+        self.units = self.simulator.units
+        self.wiring: Wiring = wire(self.proto, self.units)
+        self.sensitivity: dict[str, float] = {}
+        self._replayed: dict[tuple[Any, ...], Overrides] = {}
+
+    @property
+    def judge(self) -> Simulator:
+        """A simulation on samples that no step is made from (where there are enough)."""
+        if self._judge is None:
+            rest = np.setdiff1d(np.arange(len(self.calibration)), self.ranked)
+            if len(rest) == 0:
+                rest = np.asarray(self.ranked)
+            count = max(fixed_batch(self.proto) or 1, min(len(rest), JUDGED, 2 * len(self.ranked)))
+            chosen = rest[spread_indices(len(rest), count)]
+            self._judge = Simulator(self.proto, self.quantized, self.calibration.select(chosen))
+        return self._judge
+
+    # --- plans ------------------------------------------------------------------------------------------------------------
+
+    def plan(self, methods: Mapping[str, Method], float_nodes: Iterable[str]) -> QdqPlan:
+        """A plan with the range of each tensor by its method, min-max where none is named."""
+        ranges = {name: item.range_by(methods.get(name, "minmax")) for name, item in self.statistics.items()}
+        return QdqPlan(
+            ranges=ranges,
+            rules=self.rules,
+            is_per_channel=self.is_per_channel,
+            reduce_range=self.reduce_range,
+            float_nodes=tuple(float_nodes),
+        )
+
+    def build(self, int8: Iterable[str], methods: Mapping[str, Method], overrides: Mapping[str, Array]) -> ModelProto:
+        """The QDQ model with these units in int8."""
+        chosen = set(int8)
+        model = write_qdq(self.proto, self.plan(methods, [name for name in self.units if name not in chosen]))
+        apply(model, overrides, self.originals)
+        return model
+
+    # --- samples ----------------------------------------------------------------------------------------------------------
+
+    def _pick_samples(self) -> tuple[int, ...]:
+        """The worst-degraded samples of a pool for ranking, as many as the time allows."""
+        count = len(self.calibration)
+        size = fixed_batch(self.proto) or 1
+        pool = spread_indices(count, min(count, max(size, POOL)))
+        probe = self.calibration.select(pool[: max(size, min(len(pool), 4))])
+        simulator = Simulator(self.proto, self.quantized, probe)
+        started = time.perf_counter()
+        simulator.outputs(simulator.all_switches)
+        per_sample = (time.perf_counter() - started) / len(probe)
+        runs = max(1, len(simulator.all_switches))
+        affordable = int(self.sweep_seconds / max(1e-6, runs * per_sample))
+        ranked = min(RANKED, len(pool), max(size, 4, affordable))
+        if affordable < len(pool) // 4 or ranked >= len(pool):  # ranking the pool would cost more than it brings
+            return tuple(int(index) for index in pool[spread_indices(len(pool), ranked)])
+        whole = Simulator(self.proto, self.quantized, self.calibration.select(pool))
+        order = np.argsort(-_degradation(whole.reference, whole.outputs(whole.all_switches)), kind="stable")
+        return tuple(sorted(int(index) for index in pool[order[:ranked]]))
+
+    # --- what int8 does ---------------------------------------------------------------------------------------------------
+
+    def sweep(self, deadline: float) -> bool:
+        """Measure the noise of each switch alone; False where the deadline came first (the rest is estimated)."""
+        names = sorted(self.simulator.all_switches)
+        for index, name in enumerate(names):
+            if time.monotonic() > deadline:
+                self._estimate(names)
+                return False
+            if name not in self.sensitivity:
+                self.sensitivity[name] = self.simulator.noise({name})
+            self.tell(f"sensitivity of {len(names)} quantizers", index / len(names))
+        return True
+
+    def _estimate(self, names: list[str]) -> None:
+        """Switches that were not measured count as much as the median of those that were."""
+        known = list(self.sensitivity.values())
+        middle = float(np.median(known)) if known else 0.0
+        for name in names:
+            self.sensitivity.setdefault(name, middle)
+
+    def measure_costs(self, feeds: Mapping[str, Array]) -> Costs:
+        """Profile both forms of the model here."""
+        return measure_costs(self.proto, self.quantized, self.units, feeds, threads=self.threads, host=self.host)
+
+    def choose(self, costs: Costs, limit: float = float("inf"), fixed_float: Iterable[str] = ()) -> Choice:
+        """The fastest choice within a limit of predicted noise."""
+        return choose(self.units, self.wiring, costs, self.sensitivity, limit=limit, fixed_float=tuple(fixed_float))
+
+    # --- the ladder -------------------------------------------------------------------------------------------------------
+
+    def climb(self, int8: Iterable[str], steps: Iterable[str], deadline: float = float("inf")) -> Climb:
+        """Walk up the ladder with these units in int8; a step stays only if it gains on samples it has not seen."""
+        units, wanted = frozenset(int8), tuple(steps)
+        switches = self.simulator.switches_of(units)
+        methods: dict[str, Method] = {}
+        kept: list[str] = []
+        ladder: list[LadderStep] = []
+        best = self.judge.noise(switches)
+        for place, name in enumerate(wanted):
+            if time.monotonic() > deadline:
+                ladder.append(LadderStep(name=name, is_kept=False, reason="the time limit came first"))
+                continue
+            started = time.monotonic()
+            self.tell(f"ladder: {name}", place / len(wanted))
+            tried = self._pick_methods(switches) if name == "calibrator" else methods
+            trial = kept if name == "calibrator" else [*kept, name]
+            try:
+                noise = self.judge.noise(switches, self.replay(units, tried, trial))
+            except np.linalg.LinAlgError as error:
+                ladder.append(LadderStep(name=name, is_kept=False, reason=f"failed: {error}"))
+                continue
+            gain = decibels(noise) - decibels(best)
+            ladder.append(
+                LadderStep(
+                    name=name,
+                    is_kept=gain >= GAIN_DB,
+                    reason=f"{gain:+.2f} dB on samples it has not seen",
+                    before_db=decibels(best),
+                    score_db=decibels(noise),
+                    seconds=time.monotonic() - started,
+                )
+            )
+            if gain >= GAIN_DB:
+                best, methods, kept = noise, dict(tried), list(trial)
+        return Climb(units=units, methods=methods, steps=tuple(kept), ladder=tuple(ladder), noise=best)
+
+    def replay(self, int8: Iterable[str], methods: Mapping[str, Method], steps: Iterable[str]) -> Overrides:
+        """The overrides that these steps give, one after the other; the same ones each time."""
+        units, wanted = frozenset(int8), tuple(steps)
+        key = (units, tuple(sorted(methods.items())), wanted)
+        if key in self._replayed:
+            return self._replayed[key]
+        if not wanted:
+            overrides: Overrides = {}
+            for name, method in methods.items():
+                overrides.update(self._activation(name, self.statistics[name].range_by(method)))
+        else:
+            overrides = dict(self.replay(units, methods, wanted[:-1]))
+            overrides.update(self._step(wanted[-1], units, overrides))
+        self._replayed[key] = overrides
+        return overrides
+
+    def _step(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:
+        switches = self.simulator.switches_of(units)
+        layers = {unit for unit in units if self.units[unit].weights}
+        match name:
+            case "scales":
+                return fit_scales(self.graph, self.originals, layers)
+            case "feedback":
+                return round_with_feedback(
+                    self.simulator, self.graph, self.originals, layers, switches, overrides, seed=self.seed
+                )
+            case "bias":
+                return correct_biases(self.simulator, self.graph, layers, switches, overrides)
+            case _:
+                raise ArtifactError("quantization.step_unknown", f"{name}: no such step.", hint=f"Steps: {', '.join(STEPS)}.")
+
+    def _pick_methods(self, switches: frozenset[str]) -> dict[str, Method]:
+        """The calibrator of each tensor: the one with the least noise at the model's output, tried one tensor at a time."""
+        methods: dict[str, Method] = {}
+        tensors = [name for name in self.simulator.tensors if name in switches]
+        tensors.sort(key=lambda name: -self.sensitivity.get(name, 0.0))
+        for name in tensors[: max(8, len(tensors) // 4)]:
+            best = self.sensitivity.get(name) or self.simulator.noise({name})
+            seen = self.statistics[name].range_by("minmax")
+            for method in METHODS[1:]:
+                ends = self.statistics[name].range_by(method)
+                trial = self._activation(name, ends) if ends != seen else {}
+                noise = self.simulator.noise({name}, trial) if trial else np.inf
+                if noise < best * MIN_RELATIVE_GAIN:
+                    best = noise
+                    methods[name] = method
+        return methods
+
+    def _activation(self, tensor: str, ends: tuple[float, float]) -> Overrides:
+        """Scale and zero point of an activation for a range, as the quantizer computes them."""
+        node = next(
+            (item for item in self.quantized.graph.node if item.op_type == "QuantizeLinear" and item.input[0] == tensor), None
+        )
+        if node is None or node.input[2] not in self.graph.initializers:
+            return {}
+        low, high = min(0.0, ends[0]), max(0.0, ends[1])
+        zero = self.graph.array(node.input[2])
+        bounds = np.iinfo(zero.dtype)
+        if self.rules.activation_symmetric:
+            high = max(abs(low), abs(high))
+            low = -high
+        scale = (high - low) / float(bounds.max - bounds.min)
+        if scale <= 0:
+            return {}
+        point = np.clip(round(bounds.min - low / scale), bounds.min, bounds.max)
+        return {node.input[1]: np.array(scale, np.float32), node.input[2]: np.array(point, zero.dtype)}
+
+    # --- findings ---------------------------------------------------------------------------------------------------------
+
+    def layer_records(self, costs: Costs | None, int8: Iterable[str]) -> tuple[LayerSensitivity, ...]:
+        """Sensitivity of each computing layer, most sensitive first; enable-one is the sum of its parts."""
+        chosen = set(int8)
+        records = []
+        for unit in self.units.values():
+            activations = sum(self.sensitivity.get(name, 0.0) for name in unit.activations)
+            weights = sum(self.sensitivity.get(name, 0.0) for name in unit.weights)
+            cost = costs.units.get(unit.name) if costs else None
+            records.append(
+                LayerSensitivity(
+                    layer=unit.name,
+                    op_type=unit.op_type,
+                    enable_one_db=decibels(activations + weights),
+                    weights_only_db=decibels(weights) if unit.weights else None,
+                    activations_only_db=decibels(activations),
+                    float_ms=cost.float_ms if cost else None,
+                    int8_ms=cost.int8_ms if cost else None,
+                    is_int8=unit.name in chosen,
+                )
+            )
+        return tuple(sorted(records, key=lambda item: item.enable_one_db))
+
+    def range_records(self, methods: Mapping[str, Method], tensors: Iterable[str]) -> tuple[TensorRange, ...]:
+        """The ranges that a candidate uses, worst first."""
+        records = []
+        for name in tensors:
+            item = self.statistics[name]
+            low, high = item.range_by(methods.get(name, "minmax"))
+            records.append(
+                TensorRange(
+                    tensor=name,
+                    seen_low=item.low,
+                    seen_high=item.high,
+                    low=low,
+                    high=high,
+                    method=methods.get(name, "minmax"),
+                    sqnr_db=item.sqnr_db(low, high),
+                    clipped=item.clipped(low, high),
+                )
+            )
+        return tuple(sorted(records, key=lambda record: record.sqnr_db))
+
+
+def _degradation(reference: list[Array], found: list[Array]) -> Array:
+    """Noise-to-signal ratio by sample, the worst floating-point output."""
+    worst = np.zeros(len(reference[0]))
+    for a, b in zip(reference, found, strict=True):
+        if a.dtype.kind != "f" or len(a) != len(worst):
+            continue
+        rows = a.reshape(len(a), -1).astype(np.float64)
+        noise = np.square(rows - b.reshape(len(a), -1)).sum(axis=1)
+        worst = np.maximum(worst, noise / np.maximum(np.square(rows).sum(axis=1), 1e-20))
+    return worst

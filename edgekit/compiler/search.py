@@ -1,0 +1,175 @@
+"""The search behind the plan: which nodes are worth int8 here, how far the ladder goes, and how much float32 the budget needs.
+
+It starts where the fixed candidates end, from the optimized float32 model:
+
+1. costs of every node in both forms, and the noise of every quantizer alone, on the samples that int8 degrades most;
+2. ``int8-mixed``: the fastest choice of nodes by integer program, refined up the ladder;
+3. where that misses the accuracy of the budget, ``int8-guarded``: the limit of predicted noise is halved and doubled along the
+   cumulative list until the fastest choice is found whose measured quality meets the budget. Each trial is a choice of its own,
+   so that nodes come back to int8 when others pay for them better.
+
+The best trial is kept, never the last one. Each step looks at the clock first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgekit.compiler.costs import Costs
+from edgekit.compiler.findings import Findings, LadderStep
+from edgekit.compiler.graph import read_onnx
+from edgekit.compiler.lab import STEPS, Climb, Lab
+from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
+from edgekit.compiler.passes.on_onnx.quantize_planned import open_lab
+from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle
+from edgekit.compiler.passes.registry import OPTIMIZE, PassSpec, Recipe
+from edgekit.compiler.solve import Choice
+from edgekit.schema.base import Scalar
+
+logger = logging.getLogger(__name__)
+SWEEP_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 120.0}
+LADDER: dict[Effort, tuple[str, ...]] = {"fast": ("feedback",), "default": STEPS, "max": STEPS}
+TRIALS: dict[Effort, int] = {"fast": 0, "default": 5, "max": 8}
+LOWEST_SHARE = 1e-3
+"""The smallest limit of noise that is tried, as a share of the noise of the fastest choice."""
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate as the search sees it: whether its measured quality meets the budget, and its predicted saving."""
+
+    recipe: Recipe
+    is_good: bool
+    choice: Choice
+
+
+Try = Callable[[Recipe], bool]
+"""Make and evaluate a recipe; whether its quality meets the budget."""
+
+
+@dataclass(kw_only=True)
+class Search:
+    """One search; ``trials`` and ``notes`` grow while it runs."""
+
+    model: WorkModel
+    context: PassContext
+    feeds: Mapping[str, Array]
+    threads: int
+    host: str
+    attempt: Try
+    deadline: float = float("inf")
+    trials: list[Trial] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    climbed: Climb | None = None
+    lab: Lab | None = None
+    costs: Costs | None = None
+
+    def run(self) -> None:
+        """Search until done or late; nothing that goes wrong here ends the run, the fixed candidates stand."""
+        if obstacle := find_quantization_obstacle(self.model):
+            self.notes.append(f"no search for mixed precision: {obstacle}")
+            return
+        try:
+            self._explore()
+        except Exception as error:
+            logger.debug("search failed", exc_info=True)
+            self.notes.append(f"the search for mixed precision stopped: {type(error).__name__}: {str(error)[:200]}")
+
+    def _explore(self) -> None:
+        effort = self.context.effort
+        rules = self.context.target.int8
+        lab = self.lab = open_lab(
+            read_onnx(self.model.path),
+            self.context,
+            is_per_channel=rules.per_channel,
+            reduce_range=rules.reduce_range,
+            sweep_seconds=SWEEP_SECONDS[effort],
+            threads=self.threads,
+            host=self.host,
+        )
+        if not lab.units or self._is_late():
+            return
+        costs = self.costs = lab.measure_costs(self.feeds)
+        if SWEEP_SECONDS[effort] and not lab.sweep(min(self.deadline, time.monotonic() + 3 * SWEEP_SECONDS[effort])):
+            self.notes.append("the sensitivity of some layers was estimated: the time was not enough to measure all")
+        fastest = lab.choose(costs)
+        if not fastest.int8:
+            self.notes.append("no layer is faster in int8 on this host, conversions included")
+            return
+        if self._is_late():
+            return
+        self.climbed = lab.climb(fastest.int8, LADDER[effort], self.deadline)
+        if self._try("int8-mixed", "int8 where it pays in milliseconds, refined", fastest) or not TRIALS[effort]:
+            return
+        self._guard(lab, costs, fastest)
+
+    def _guard(self, lab: Lab, costs: Costs, fastest: Choice) -> None:
+        """Bisect the limit of noise on a logarithmic scale for the fastest choice that meets the budget."""
+        high, low = max(fastest.noise, 1e-12), max(fastest.noise, 1e-12) * LOWEST_SHARE
+        seen = {fastest.int8}
+        for _ in range(TRIALS[self.context.effort]):
+            if self._is_late():
+                self.notes.append("the time limit ended the search for the accuracy that the budget asks for")
+                break
+            limit = (high * low) ** 0.5
+            choice = lab.choose(costs, limit)
+            if not choice.int8:
+                low = limit
+                continue
+            if choice.int8 in seen:
+                high = limit
+                continue
+            seen.add(choice.int8)
+            name = f"int8-guarded-{len(seen) - 1}"
+            if self._try(name, "some layers back in fp32 for accuracy", choice):
+                low = limit
+            else:
+                high = limit
+
+    def _try(self, name: str, purpose: str, choice: Choice) -> bool:
+        recipe = Recipe(name=name, purpose=purpose, passes=(OPTIMIZE, self._planned(choice)))
+        is_good = self.attempt(recipe)
+        self.trials.append(Trial(recipe=recipe, is_good=is_good, choice=choice))
+        return is_good
+
+    def _planned(self, choice: Choice) -> PassSpec:
+        assert self.lab is not None
+        assert self.climbed is not None
+        everything = frozenset(self.lab.units)
+        kept = sorted(everything - choice.int8)
+        refined = sorted(everything - self.climbed.units)
+        settings: dict[str, Scalar] = {
+            "is_per_channel": self.lab.is_per_channel,
+            "reduce_range": self.lab.reduce_range,
+            "float_nodes": json.dumps(kept),
+            "methods": json.dumps(self.climbed.methods, sort_keys=True),
+            "steps": ",".join(self.climbed.steps),
+            "refined_float": "" if refined == kept else json.dumps(refined),
+            "ranked": json.dumps(list(self.lab.ranked)),
+        }
+        return PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned", settings=settings)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    # --- what was learned -------------------------------------------------------------------------------------------------
+
+    def findings(self, chosen: str) -> Findings:
+        """What the report shows; ``chosen`` is the name of the winner."""
+        if self.lab is None:
+            return Findings(notes=tuple(self.notes))
+        trial = next((item for item in self.trials if item.recipe.name == chosen), self.trials[0] if self.trials else None)
+        int8 = trial.choice.int8 if trial else frozenset()
+        methods = self.climbed.methods if self.climbed else {}
+        ladder: tuple[LadderStep, ...] = self.climbed.ladder if self.climbed else ()
+        tensors = [name for name in self.lab.simulator.tensors if name in self.lab.simulator.switches_of(int8)]
+        layers = self.lab.layer_records(self.costs, int8) if self.lab.sensitivity else ()
+        return Findings(layers=layers, ranges=self.lab.range_records(methods, tensors), ladder=ladder, notes=tuple(self.notes))
