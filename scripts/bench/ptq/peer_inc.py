@@ -9,6 +9,7 @@ ends with "needs a torch model" and the reason.
 
 from __future__ import annotations
 
+import operator
 import sys
 import types
 from pathlib import Path
@@ -44,7 +45,7 @@ def to_torch(path: Path) -> Any:
     for opset in (None, *OLDER_OPSETS):
         try:
             older = model if opset is None else onnx.version_converter.convert_version(model, opset)
-            return onnx2torch.convert(_without_flags(older)).eval()
+            return _with_fixed_shapes(onnx2torch.convert(_without_flags(older)).eval())
         except Exception as error:  # noqa: BLE001 - whatever it meets is the reason
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
     raise SystemExit(f"error: needs a torch model; onnx2torch: {reasons[0]}")
@@ -59,6 +60,30 @@ def _without_flags(model: onnx.ModelProto) -> onnx.ModelProto:
         del node.attribute[:]
         node.attribute.extend(kept)
     return result
+
+
+class FixedReshape(torch.nn.Module):
+    """A reshape whose target is a constant of the model, as in ONNX: 0 is the input's own size, -1 what is left."""
+
+    def __init__(self, shape: list[int]) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """The value in its new shape."""
+        return value.reshape([value.shape[axis] if size == 0 else size for axis, size in enumerate(self._shape)])
+
+
+def _with_fixed_shapes(module: Any) -> Any:
+    """The module with its constant reshapes as such: onnx2torch looks at the values at run time, which torch.export refuses."""
+    for node in list(module.graph.nodes):
+        is_reshape = node.op == "call_module" and type(module.get_submodule(node.target)).__name__ == "OnnxReshape"
+        if is_reshape and node.args[1].op == "get_attr":
+            shape = operator.attrgetter(node.args[1].target)(module)
+            module.set_submodule(node.target, FixedReshape(shape.tolist()))
+            node.args = node.args[:1]
+    module.recompile()
+    return module
 
 
 def export_graph(module: Any, feeds: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], Any]:

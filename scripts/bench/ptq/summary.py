@@ -86,7 +86,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def cells(row: Row) -> list[str]:
     """A row of the table; a failure has its cost and no figures."""
-    cost = [f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.peak_rss_mb:.0f}"] if row.version else ["-"] * 3
+    cost = [f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.peak_rss_mb:.0f}"] if row.seconds else ["-"] * 3
     if row.quality is None:
         return [row.tool, *["-"] * 7, *cost]
     quality = row.quality
