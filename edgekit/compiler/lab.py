@@ -153,6 +153,22 @@ class Lab:
             self.tell(f"sensitivity of {len(names)} quantizers", index / len(names))
         return True
 
+    def sweep_refined(self, climbed: Climb, deadline: float) -> None:
+        """Measure again what the ladder changed: the weights, and the activations with another calibrator."""
+        overrides = self.replay(climbed.units, climbed.methods, climbed.steps)
+        names = [name for name in sorted(self.simulator.all_switches) if name.startswith("weight:") or name in climbed.methods]
+        for index, name in enumerate(names):
+            if time.monotonic() > deadline:
+                return
+            self.sensitivity[name] = self.simulator.noise({name}, overrides)
+            self.tell("sensitivity after the ladder", index / len(names))
+
+    def describe(self, int8: Iterable[str], planned: Choice) -> Choice:
+        """A choice of these units with its predicted noise; the saving is that of the plan it came from."""
+        units = frozenset(int8)
+        noise = sum(self.sensitivity.get(name, 0.0) for name in self.simulator.switches_of(units))
+        return Choice(int8=units, saved_ms=planned.saved_ms, noise=noise)
+
     def _estimate(self, names: list[str]) -> None:
         """Switches that were not measured count as much as the median of those that were."""
         known = list(self.sensitivity.values())
