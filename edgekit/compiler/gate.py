@@ -37,6 +37,7 @@ LATENCY_TIE = 0.02
 SIZE_TIE = 0.05
 """Files that differ by less than this share of the smaller one count as equally large."""
 BYTES_PER_MB = 1e6
+ROUNDING = 1e-9
 _RAM_NOTE = "peak of a process of its own on this host, Python and runtime included"
 _TERM = re.compile(r"\s*(?P<name>[A-Za-z_][\w.:]*)\s*(?P<operator><=|>=|==|<|>|=)\s*(?P<limit>[-+]?[\w.+-]*)\s*\Z")
 
@@ -232,7 +233,8 @@ def _check(item: Measured, term: Term, target: str) -> BudgetCheck:
         return BudgetCheck(
             name=term.name, operator=term.operator, limit=term.limit, value=None, is_met=True, note=note or "not measured"
         )
-    is_met = value <= term.limit if term.operator == "<=" else value >= term.limit
+    slack = ROUNDING * max(1.0, abs(term.limit))  # 3 of 300 samples is 0.01, whatever the floats say
+    is_met = value <= term.limit + slack if term.operator == "<=" else value >= term.limit - slack
     if is_met and item.evaluation and (doubt := _doubt(item.evaluation, term)):
         note = doubt
     return BudgetCheck(

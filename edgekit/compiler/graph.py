@@ -281,7 +281,12 @@ def clean(proto: ModelProto, feeds: dict[str, Array]) -> tuple[ModelProto, tuple
     notes: list[str] = []
     current = proto
     expected = run_once(proto, feeds)
-    for name, step in (("fold", _fold), ("pool", _use_global_pool), ("fuse", _fuse_portably)):
+    for name, step in (
+        ("fold", _fold),
+        ("pool", _use_global_pool),
+        ("activations", _use_whole_activations),
+        ("fuse", _fuse_portably),
+    ):
         before = Counter(facts_of(current).operators)
         try:
             with quiet(*FOREIGN_LOGGERS):
@@ -356,6 +361,80 @@ def _use_global_pool(proto: ModelProto) -> ModelProto:
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     return proto
+
+
+HARD_SWISH_OPSET = 14
+
+
+def _use_whole_activations(proto: ModelProto) -> ModelProto:
+    """X * clip(x + 3, 0, 6) / 6 in pieces becomes HardSwish, which ONNX Runtime computes inside the convolution before it.
+
+    In pieces it is four passes over the tensor and leaves the blocked layout of the convolutions each time.
+    """
+    from onnx import helper
+
+    if opset_of(proto) < HARD_SWISH_OPSET:
+        return proto
+    values = _scalars(proto)
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    uses = Counter(name for node in proto.graph.node for name in node.input)
+    uses.update(item.name for item in proto.graph.output)
+    replaced: dict[int, Any] = {}
+    for node in proto.graph.node:
+        found = _match_hard_swish(node, makers, values)
+        if found is None or any(uses[inner] > 1 for part in found[1] for inner in part.output):
+            continue
+        replaced[id(node)] = helper.make_node("HardSwish", [found[0]], [node.output[0]], name=node.name)
+        replaced.update({id(part): None for part in found[1]})
+    nodes = [replaced.get(id(node), node) for node in proto.graph.node]
+    kept = [type(node).FromString(node.SerializeToString()) for node in nodes if node is not None]
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    return proto
+
+
+def _scalars(proto: ModelProto) -> dict[str, float]:
+    """Initializers that are one number."""
+    from onnx import numpy_helper
+
+    single = (item for item in proto.graph.initializer if _count(item) == 1)
+    return {item.name: float(numpy_helper.to_array(item).reshape(-1)[0]) for item in single}
+
+
+def _match_hard_swish(
+    last: NodeProto, makers: dict[str, NodeProto], values: dict[str, float]
+) -> tuple[str, list[NodeProto]] | None:
+    """The input of a HardSwish whose last node this is, and the nodes before the last one; None for anything else."""
+    product, outer = _times(last, values)
+    if product is None or abs(outer - 1 / 6) > EXACT:
+        return None
+    inner = makers.get(product)
+    if inner is None or inner.op_type != "Mul":
+        return None
+    for x, gate in (tuple(inner.input), tuple(inner.input)[::-1]):
+        clip = makers.get(gate)
+        if clip is None or clip.op_type != "Clip" or [values.get(name) for name in clip.input[1:3]] != [0.0, 6.0]:
+            continue
+        add = makers.get(clip.input[0])
+        if add is None or add.op_type != "Add" or x not in add.input:
+            continue
+        if any(values.get(name) == 3.0 for name in add.input if name != x):
+            return x, [inner, clip, add]
+    return None
+
+
+EXACT = 1e-6
+
+
+def _times(node: NodeProto, values: dict[str, float]) -> tuple[str | None, float]:
+    """The tensor that a node multiplies by one number, and the number."""
+    if node.op_type == "Div" and node.input[1] in values and values[node.input[1]]:
+        return node.input[0], 1 / values[node.input[1]]
+    if node.op_type == "Mul":
+        for tensor, factor in (tuple(node.input), tuple(node.input)[::-1]):
+            if factor in values and tensor not in values:
+                return tensor, values[factor]
+    return None, 1.0
 
 
 def _ranks(proto: ModelProto) -> dict[str, int]:
