@@ -285,6 +285,8 @@ def clean(proto: ModelProto, feeds: dict[str, Array]) -> tuple[ModelProto, tuple
         ("fold", _fold),
         ("pool", _use_global_pool),
         ("activations", _use_whole_activations),
+        ("gelu", _order_gelu),
+        ("sum", _keep_layer_norm),
         ("fuse", _fuse_portably),
     ):
         before = Counter(facts_of(current).operators)
@@ -390,6 +392,42 @@ def _use_whole_activations(proto: ModelProto) -> ModelProto:
     kept = [type(node).FromString(node.SerializeToString()) for node in nodes if node is not None]
     del proto.graph.node[:]
     proto.graph.node.extend(kept)
+    return proto
+
+
+def _order_gelu(proto: ModelProto) -> ModelProto:
+    """Bring x * (0.5 * (1 + erf(x / sqrt 2))) into the form (x * (1 + erf(..))) * 0.5, which runtimes fuse into one Gelu."""
+    values = _scalars(proto)
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    uses = Counter(name for node in proto.graph.node for name in node.input)
+    for node in proto.graph.node:
+        if node.op_type != "Mul":
+            continue
+        for place in (0, 1):
+            x, half = node.input[place], makers.get(node.input[1 - place])
+            if half is None or half.op_type != "Mul" or uses[half.output[0]] > 1:
+                continue
+            inner, factor = _times(half, values)
+            add = makers.get(inner or "")
+            if factor != 0.5 or add is None or add.op_type != "Add":
+                continue
+            erf = next((makers[name] for name in add.input if name in makers and makers[name].op_type == "Erf"), None)
+            if erf is None or x not in makers.get(erf.input[0], erf).input:
+                continue
+            constant = next(name for name in half.input if name in values)
+            half.input[:] = [x, add.output[0]]
+            node.input[:] = [half.output[0], constant]
+            break
+    return proto
+
+
+def _keep_layer_norm(proto: ModelProto) -> ModelProto:
+    """A residual Add before LayerNormalization becomes Sum: ONNX Runtime would fuse the two into a far slower kernel."""
+    normalized = {node.input[0] for node in proto.graph.node if node.op_type == "LayerNormalization"}
+    weights = {item.name for item in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "Add" and node.output[0] in normalized and not set(node.input) & weights:
+            node.op_type = "Sum"
     return proto
 
 

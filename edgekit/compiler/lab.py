@@ -182,7 +182,8 @@ class Lab:
 
     def choose(self, costs: Costs, limit: float = float("inf"), fixed_float: Iterable[str] = ()) -> Choice:
         """The fastest choice within a limit of predicted noise."""
-        return choose(self.units, self.wiring, costs, self.sensitivity, limit=limit, fixed_float=tuple(fixed_float))
+        found = choose(self.units, self.wiring, costs, self.sensitivity, limit=limit, fixed_float=tuple(fixed_float))
+        return self.describe(found.int8, found)
 
     # --- the ladder -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgekit.compiler.calibration import fixed_batch, whole_batches
 from edgekit.compiler.graph import encode
-from edgekit.compiler.qdq import QUANTIZED_OPERATORS, QdqGraph
+from edgekit.compiler.qdq import FLOAT_ANSWERING, QUANTIZED_OPERATORS, QdqGraph
 from edgekit.dataset.data import Dataset
 from edgekit.runtime.ort import load_onnxruntime
 
@@ -37,7 +37,10 @@ NO_NOISE = 1e-20
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A node that can be int8: the switches of its activations (data in, result out) and of its weights."""
+    """A node that can be int8: the switches of its activations (data in, result out) and of its weights.
+
+    The result of a matrix product is not among them: its kernel can answer in float32, and what reads it decides.
+    """
 
     name: str
     op_type: str
@@ -256,7 +259,8 @@ def find_units(graph: QdqGraph) -> Iterator[Unit]:
                 weights.append(f"weight:{dequantizer.input[0]}")
         if not data:
             continue
-        results = [name for name in node.output if any(user.op_type == "QuantizeLinear" for user in graph.uses.get(name, ()))]
+        outputs = () if node.op_type in FLOAT_ANSWERING else node.output
+        results = [name for name in outputs if any(user.op_type == "QuantizeLinear" for user in graph.uses.get(name, ()))]
         yield Unit(
             name=node.name, op_type=node.op_type, activations=tuple(dict.fromkeys((*data, *results))), weights=tuple(weights)
         )
