@@ -505,7 +505,7 @@ def _fuse_portably(proto: ModelProto) -> ModelProto:
 
 
 def open_plain(data: bytes, *, level: str = "none", stored: Path | None = None) -> Any:
-    """An onnxruntime session for the compiler's own use: one thread, optimization ``none`` or ``basic``.
+    """An onnxruntime session for the compiler's own use: one thread, optimization ``none``, ``basic`` or ``all``.
 
     Raises:
         ArtifactError: ``model.unloadable`` when the runtime refuses the model.
@@ -513,7 +513,8 @@ def open_plain(data: bytes, *, level: str = "none", stored: Path | None = None) 
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if level == "basic" else levels.ORT_DISABLE_ALL
+    chosen = {"none": levels.ORT_DISABLE_ALL, "basic": levels.ORT_ENABLE_BASIC, "all": levels.ORT_ENABLE_ALL}
+    options.graph_optimization_level = chosen[level]
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     if stored is not None:

@@ -290,6 +290,10 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         host=prepared.target_digest,
         attempt=attempt,
         deadline=clock.deadline(SEARCH_SHARE),
+        is_dynamic_worth=any(
+            item.name == DYNAMIC and item.evaluation is not None and not is_quality_met(_measured(item), budget)
+            for item in candidates
+        ),
     )
     search.run()
     return search

@@ -20,23 +20,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.benchmark.latency import compare, measure
+from edgekit.compiler.calibration import fixed_batch, whole_batches
 from edgekit.compiler.costs import Costs
 from edgekit.compiler.findings import Findings, LadderStep
-from edgekit.compiler.graph import encode, read_onnx
+from edgekit.compiler.graph import encode, open_plain, read_onnx
 from edgekit.compiler.lab import STEPS, Climb, Lab
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
-from edgekit.compiler.passes.on_onnx.quantize_planned import open_lab
+from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write_dynamic
+from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
 from edgekit.compiler.passes.on_onnx.quantize_static import edge_layers, find_quantization_obstacle
-from edgekit.compiler.passes.registry import OPTIMIZE, PassSpec, Recipe
+from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PassSpec, Recipe
 from edgekit.compiler.solve import Choice
+from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import SessionOptions
 from edgekit.schema.base import Scalar
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 logger = logging.getLogger(__name__)
 SWEEP_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 120.0}
@@ -47,6 +54,8 @@ LOWEST_SHARE = 0.01
 Array = NDArray[Any]
 
 
+MOST_DYNAMIC_LAYERS = 100
+DYNAMIC_SAMPLES = 16
 POLISH_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 8.0, "max": 40.0}
 POLISHED = 12
 """Nodes whose two forms differ least are tried both ways."""
@@ -117,6 +126,8 @@ class Search:
     host: str
     attempt: Try
     deadline: float = float("inf")
+    is_dynamic_worth: bool = False
+    """Whether dynamic int8 was made, and misses the quality of the budget."""
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     climbed: Climb | None = None
@@ -130,6 +141,7 @@ class Search:
             return
         try:
             self._explore()
+            self._explore_dynamic()
         except Exception as error:
             logger.debug("search failed", exc_info=True)
             self.notes.append(f"the search for mixed precision stopped: {type(error).__name__}: {str(error)[:200]}")
@@ -208,6 +220,48 @@ class Search:
             else:
                 high = limit
 
+    def _explore_dynamic(self) -> None:
+        """Where dynamic int8 is fast and misses the accuracy, give the worst layers back to float32, fewest first.
+
+        Layers are ordered by noise per weight (the time of a matrix product goes with its weights); the number that goes back is
+        found by bisection along that list.
+        """
+        if not self.is_dynamic_worth or not TRIALS[self.context.effort] or self._is_late():
+            return
+        proto = read_onnx(self.model.path)
+        plan = plan_dynamic(proto, self.context)
+        sizes = {item.name: int(np.prod(item.dims)) for item in proto.graph.initializer}
+        layers = {
+            node.name: sizes[node.input[1]]
+            for node in proto.graph.node
+            if node.op_type in ("MatMul", "Gemm") and node.input[1] in sizes
+        }
+        if not 1 < len(layers) <= MOST_DYNAMIC_LAYERS:
+            return
+        data = calibration_samples(self.context)
+        samples = data.select(spread_indices(len(data), min(len(data), DYNAMIC_SAMPLES)))
+        expected = _answers(proto, samples)
+        noise = {}
+        for index, name in enumerate(layers):
+            if self._is_late():
+                return
+            self.context.on_progress(f"dynamic int8, layer by layer: {len(layers)}", index / len(layers))
+            noise[name] = _noise(expected, _answers(write_dynamic(proto, plan, nodes=[name]), samples))
+        order = sorted(layers, key=lambda name: -noise[name] / layers[name])
+        low, high = 0, len(order)
+        while high - low > 1 and not self._is_late():
+            middle = min(max(low + 1, 1 if low == 0 and high == len(order) else (low + high) // 2), high - 1)
+            kept = json.dumps(sorted(order[:middle]))
+            recipe = Recipe(
+                name=f"int8-dynamic-{middle}-fp32",
+                purpose=f"dynamic int8, the {middle} most sensitive layers in fp32",
+                passes=(OPTIMIZE, PassSpec(name=DYNAMIC.name, where=DYNAMIC.where, settings={"float_nodes": kept})),
+            )
+            if self.attempt(recipe):
+                high = middle
+            else:
+                low = middle
+
     def _try(self, name: str, purpose: str, choice: Choice) -> bool:
         recipe = Recipe(name=name, purpose=purpose, passes=(OPTIMIZE, self._planned(choice)))
         is_good = self.attempt(recipe)
@@ -247,3 +301,21 @@ class Search:
         tensors = [name for name in self.lab.simulator.tensors if name in self.lab.simulator.switches_of(int8)]
         layers = self.lab.layer_records(self.costs, int8) if self.lab.sensitivity else ()
         return Findings(layers=layers, ranges=self.lab.range_records(methods, tensors), ladder=ladder, notes=tuple(self.notes))
+
+
+def _answers(proto: ModelProto, data: Dataset) -> list[Array]:
+    """Outputs sample by sample: dynamic int8 takes its scales from the request."""
+    session = open_plain(encode(proto), level="all")
+    size = fixed_batch(proto) or 1
+    parts = [session.run(None, feeds) for _done, feeds in whole_batches(data, size, is_fixed=True)]
+    return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+
+def _noise(expected: list[Array], found: list[Array]) -> float:
+    """Noise power over signal power of the worst floating-point output."""
+    ratios = []
+    for a, b in zip(expected, found, strict=True):
+        if a.dtype.kind == "f":
+            signal = float(np.square(a, dtype=np.float64).sum())
+            ratios.append(float(np.square(a.astype(np.float64) - b).sum()) / max(signal, 1e-20))
+    return max(ratios, default=0.0)

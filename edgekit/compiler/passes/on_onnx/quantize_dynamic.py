@@ -6,7 +6,10 @@ are converted where they hold most of the weights, since they are a size lever, 
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgekit.compiler.export import quiet
@@ -23,13 +26,21 @@ if TYPE_CHECKING:
 
 PACKAGES = ("onnx", "onnxruntime")
 MATRIX_OPERATORS = ("MatMul", "Gemm", "LSTM")
+CONVOLUTION_SHARE = 0.5
 INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
 
 
 class QuantizeDynamic:
-    """fp32 to dynamic int8."""
+    """fp32 to dynamic int8.
+
+    Args:
+        float_nodes: names of layers that stay float32, a list as JSON text.
+    """
 
     name = "quantize-dynamic"
+
+    def __init__(self, *, float_nodes: str = "[]") -> None:
+        self.float_nodes = float_nodes
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""
@@ -44,10 +55,8 @@ class QuantizeDynamic:
         """
         started = time.monotonic()
         proto = read_onnx(model.path)
-        has_convolutions = _convolution_share(proto) > 0.5
-        weights = "uint8" if has_convolutions else context.target.int8.weights
-        kinds = (*MATRIX_OPERATORS, "Conv") if has_convolutions else MATRIX_OPERATORS
-        quantized = seal(_quantize(proto, weights, kinds, reduce_range=context.target.int8.reduce_range))
+        plan = plan_dynamic(proto, context)
+        quantized = seal(write_dynamic(proto, plan, float_nodes=json.loads(self.float_nodes)))
         after = facts_of(quantized).operators
         count = sum(after.get(kind, 0) for kind in INTEGER_OPERATORS)
         _check(proto, quantized, count)
@@ -58,9 +67,11 @@ class QuantizeDynamic:
             name=self.name,
             precision="int8-dynamic",
             settings={
-                "weights": weights,
-                "reduce_range": context.target.int8.reduce_range,
-                "operators": " ".join(kinds),
+                "weights": plan.weights,
+                "is_per_channel": plan.is_per_channel,
+                "reduce_range": plan.reduce_range,
+                "operators": " ".join(plan.kinds),
+                "float_nodes": self.float_nodes,
             },
             started=started,
             packages=PACKAGES,
@@ -76,27 +87,57 @@ def _convolution_share(proto: ModelProto) -> float:
     return own / total if total else 0.0
 
 
-def _quantize(proto: ModelProto, weights: str, kinds: tuple[str, ...], *, reduce_range: bool) -> ModelProto:
+@dataclass(frozen=True, kw_only=True)
+class DynamicPlan:
+    """How dynamic int8 is written: the type of the weights, one scale per column or per tensor, which operators."""
+
+    weights: str
+    is_per_channel: bool
+    reduce_range: bool
+    kinds: tuple[str, ...]
+
+
+def plan_dynamic(proto: ModelProto, context: PassContext) -> DynamicPlan:
+    """Convolutions where they hold most of the weights; one scale per column where every kernel has that."""
+    has_convolutions = _convolution_share(proto) > CONVOLUTION_SHARE
+    kinds = (*MATRIX_OPERATORS, "Conv") if has_convolutions else MATRIX_OPERATORS
+    is_recurrent = any(node.op_type == "LSTM" for node in proto.graph.node)
+    return DynamicPlan(
+        weights="uint8" if has_convolutions else context.target.int8.weights,
+        is_per_channel=context.target.int8.per_channel and not has_convolutions and not is_recurrent,
+        reduce_range=context.target.int8.reduce_range,
+        kinds=kinds,
+    )
+
+
+def write_dynamic(
+    proto: ModelProto, plan: DynamicPlan, *, nodes: Sequence[str] = (), float_nodes: Sequence[str] = ()
+) -> ModelProto:
+    """The model with dynamic int8 in the ``nodes`` (empty: all that can), but not in the ``float_nodes``.
+
+    Raises:
+        ArtifactError: ``quantization.failed`` when the quantizer refuses the model.
+    """
     load_onnxruntime()
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
     from onnxruntime.quantization.quant_utils import QuantizationMode
 
-    kind = QuantType.QUInt8 if weights == "uint8" else QuantType.QInt8
+    kind = QuantType.QUInt8 if plan.weights == "uint8" else QuantType.QInt8
     try:
         with quiet("onnxruntime.quantization"), silenced_root():
             quantizer = ONNXQuantizer(
                 infer(proto),
-                False,  # noqa: FBT003  per_channel: ConvInteger has none
-                reduce_range,
+                plan.is_per_channel,
+                plan.reduce_range,
                 QuantizationMode.IntegerOps,
                 False,  # noqa: FBT003  static
                 kind,
                 QuantType.QUInt8,
                 None,
-                [],
-                [],
-                list(kinds),
+                list(nodes),
+                list(float_nodes),
+                list(plan.kinds),
                 {"MatMulConstBOnly": True},
             )
             quantizer.quantize_model()
