@@ -222,8 +222,8 @@ def _time_conversion(kind: str, size: int) -> float:
 
     side = int((size / 32) ** 0.5)
     shape = [1, 32, side, side]
-    scale = numpy_helper.from_array(np.float32(0.05), "scale")
-    zero = numpy_helper.from_array(np.uint8(128), "zero")
+    scale = numpy_helper.from_array(np.array(0.05, np.float32), "scale")
+    zero = numpy_helper.from_array(np.array(128, np.uint8), "zero")
     to_float, to_byte = TensorProto.FLOAT, TensorProto.UINT8
     count = 8
     if kind == "quantize":

@@ -19,7 +19,7 @@ from edgekit.compiler.calibration import METHODS, Method, Statistics, collect_st
 from edgekit.compiler.costs import Costs, measure_costs
 from edgekit.compiler.findings import LadderStep, LayerSensitivity, TensorRange
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, write_qdq
-from edgekit.compiler.refine import Overrides, apply, correct_biases, fit_scales, round_with_feedback
+from edgekit.compiler.refine import Overrides, Setting, apply, correct_biases, fit_scales, round_with_feedback
 from edgekit.compiler.simulate import Simulator, decibels
 from edgekit.compiler.solve import Choice, Wiring, choose, wire
 from edgekit.dataset.data import Dataset, spread_indices
@@ -240,17 +240,23 @@ class Lab:
         return overrides
 
     def _step(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:
-        switches = self.simulator.switches_of(units)
         layers = {unit for unit in units if self.units[unit].weights}
+        setting = Setting(
+            simulator=self.simulator,
+            graph=self.graph,
+            originals=self.originals,
+            layers=layers,
+            switches=self.simulator.switches_of(units),
+            overrides=overrides,
+            seed=self.seed,
+        )
         match name:
             case "scales":
                 return fit_scales(self.graph, self.originals, layers)
             case "feedback":
-                return round_with_feedback(
-                    self.simulator, self.graph, self.originals, layers, switches, overrides, seed=self.seed
-                )
+                return round_with_feedback(setting)
             case "bias":
-                return correct_biases(self.simulator, self.graph, layers, switches, overrides)
+                return correct_biases(setting)
             case _:
                 raise ArtifactError("quantization.step_unknown", f"{name}: no such step.", hint=f"Steps: {', '.join(STEPS)}.")
 

@@ -72,6 +72,10 @@ class Clock:
         """Share of the limit that is gone."""
         return (time.monotonic() - self._started) / self._limit if self._limit else 0.0
 
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
     def left(self) -> float:
         """Seconds until the limit."""
         return self._started + self._limit - time.monotonic() if self._limit else float("inf")
@@ -125,7 +129,8 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         budget = _whole_budget(prepared, candidates)
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
         findings = search.findings(judgement.chosen) if search else Findings()
-        result = _assemble(prepared, candidates, budget, judgement, started, findings)
+        result = _assemble(prepared, candidates, budget, judgement, clock)
+        result = msgspec.structs.replace(result, findings=findings)
         write_output(prepared, candidates, result)
     finally:
         for item in candidates:
@@ -409,9 +414,7 @@ def _measured(item: Made) -> Measured:
     )
 
 
-def _assemble(
-    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, started: float, findings: Findings
-) -> OptimizeResult:
+def _assemble(prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, clock: Clock) -> OptimizeResult:
     now = datetime.now(UTC).replace(microsecond=0)
     records = {item.name: _record(prepared, item, judgement, now) for item in candidates}
     chosen = next(item for item in candidates if item.name == judgement.chosen)
@@ -425,11 +428,10 @@ def _assemble(
         data=_describe_data(prepared),
         is_budget_met=judgement.is_budget_met,
         verdict=judgement.sentence,
-        seconds=time.monotonic() - started,
+        seconds=clock.spent(),
         host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
         warnings=(*prepared.warnings, *_doubts(records[judgement.chosen])),
         op_latency=_profile(prepared, candidates, {BASELINE, judgement.chosen}),
-        findings=findings,
     )
 
 

@@ -7,7 +7,7 @@ pair between a matrix product and consumers in float32 is left out: the kernel c
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -224,39 +224,44 @@ def remove_float_pairs(proto: ModelProto) -> int:
     int8_nodes = {
         node.name
         for node in proto.graph.node
-        if node.op_type in QUANTIZED_OPERATORS and all(graph.dequantizer(name) is not None for name in _floats(graph, node))
+        if node.op_type in QUANTIZED_OPERATORS and all(graph.dequantizer(name) is not None for name in _data_inputs(node))
     }
     gone: list[Any] = []
     for node in proto.graph.node:
-        if node.op_type != "QuantizeLinear":
-            continue
-        producer = graph.makers.get(node.input[0])
-        if producer is None or producer.op_type not in FLOAT_ANSWERING or len(graph.uses[node.input[0]]) > 1:
-            continue
-        ends = graph.uses.get(node.output[0], [])
-        if not ends or any(end.op_type != "DequantizeLinear" for end in ends) or node.input[0] in graph.outputs:
-            continue
-        consumers = [user for end in ends for user in graph.uses.get(end.output[0], [])]
-        if any(user.name in int8_nodes for user in consumers):
+        ends = _ends_of_loose_pair(graph, node, int8_nodes)
+        if not ends:
             continue
         source = node.input[0]
         for end in ends:
             if end.output[0] in graph.outputs:
-                producer.output[0] = source = end.output[0]
+                graph.makers[node.input[0]].output[0] = source = end.output[0]
         for end in ends:
             for user in graph.uses.get(end.output[0], []):
-                for place, name in enumerate(user.input):
-                    if name == end.output[0]:
-                        user.input[place] = source
+                user.input[:] = [source if name == end.output[0] else name for name in user.input]
         gone += [node, *ends]
     for node in gone:
         proto.graph.node.remove(node)
     return sum(node.op_type == "QuantizeLinear" for node in gone)
 
 
-def _floats(graph: QdqGraph, node: NodeProto) -> list[str]:
-    """The inputs that decide whether a node is int8: data and weights, without shapes and indices."""
-    count = {"Add": 2, "Mul": 2, "MatMul": 2, "Conv": 2, "Gemm": 2, "Where": 3, "Concat": len(node.input)}.get(node.op_type, 1)
+def _ends_of_loose_pair(graph: QdqGraph, node: NodeProto, int8_nodes: Collection[str]) -> list[NodeProto]:
+    """The DequantizeLinear nodes behind a QuantizeLinear that only float32 consumers read; empty where it is needed."""
+    if node.op_type != "QuantizeLinear" or len(graph.uses[node.input[0]]) > 1 or node.input[0] in graph.outputs:
+        return []
+    producer = graph.makers.get(node.input[0])
+    ends = graph.uses.get(node.output[0], [])
+    if producer is None or producer.op_type not in FLOAT_ANSWERING or any(end.op_type != "DequantizeLinear" for end in ends):
+        return []
+    consumers = [user for end in ends for user in graph.uses.get(end.output[0], [])]
+    return [] if any(user.name in int8_nodes for user in consumers) else ends
+
+
+DATA_INPUTS = {"Add": 2, "Mul": 2, "MatMul": 2, "Conv": 2, "Gemm": 2, "Where": 3}
+"""How many of the first inputs hold data and weights; the rest are biases, shapes and indices."""
+
+
+def _data_inputs(node: NodeProto) -> list[str]:
+    count = len(node.input) if node.op_type == "Concat" else DATA_INPUTS.get(node.op_type, 1)
     first = 1 if node.op_type == "Where" else 0
     return [name for name in node.input[first:count] if name]
 
@@ -267,14 +272,3 @@ def count_quantized(proto: ModelProto) -> tuple[int, int]:
     layers = [node for node in proto.graph.node if node.op_type in COMPUTING]
     done = sum(all(graph.dequantizer(name) is not None for name in node.input[:2]) for node in layers)
     return done, len(layers)
-
-
-def tensor_rules(plan: QdqPlan) -> Mapping[str, Any]:
-    """The plan's settings as a lineage shows them."""
-    rules = plan.rules
-    return {
-        "weights": f"{rules.weights} {'symmetric' if rules.weight_symmetric else 'asymmetric'}",
-        "activations": f"{rules.activations} {'symmetric' if rules.activation_symmetric else 'asymmetric'}",
-        "is_per_channel": plan.is_per_channel,
-        "reduce_range": plan.reduce_range,
-    }

@@ -1,7 +1,8 @@
 """Better int8 weights and biases for a chosen plan: per-channel clipping, error feedback in rounding, bias correction.
 
 Each function takes a simulation with the plan's switches on and gives *overrides*: new values for initializers of the QDQ
-graph. The simulation takes them as they are, so that a step is measured before it is kept; :func:`apply` writes them into the model.
+graph. The simulation takes them as they are, so that a step is measured before it is kept; :func:`apply` writes them into the
+model.
 
 Sources: clipping by squared error per channel (as in OCTAV, Sakr et al. 2022, here by search); rounding with error feedback
 through the inverse Hessian of the layer's inputs (GPTQ, Frantar et al. 2023, the fast form of Optimal Brain Quantization);
@@ -10,7 +11,8 @@ sequential bias correction (Nagel et al., "Data-Free Quantization", 2019, with m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +34,24 @@ ROWS = 4096
 DAMPING = 0.01
 CHUNKS = 12
 """Layers are rounded in so many groups, front to back; each group sees the inputs that the groups before it make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a step works on: a simulation with the ``switches`` on, the layers that it may change, what was changed before."""
+
+    simulator: Simulator
+    graph: QdqGraph
+    originals: Mapping[str, Array]
+    layers: Collection[str]
+    switches: Collection[str]
+    overrides: Mapping[str, Array]
+    seed: int = 0
+
+    @property
+    def nodes(self) -> dict[str, NodeProto]:
+        """Nodes of the QDQ graph by name."""
+        return {node.name: node for node in self.graph.proto.graph.node}
 
 
 def fit_scales(graph: QdqGraph, originals: Mapping[str, Array], layers: Collection[str]) -> Overrides:
@@ -58,56 +78,39 @@ def fit_scales(graph: QdqGraph, originals: Mapping[str, Array], layers: Collecti
     return overrides
 
 
-def round_with_feedback(
-    simulator: Simulator,
-    graph: QdqGraph,
-    originals: Mapping[str, Array],
-    layers: Collection[str],
-    switches: Collection[str],
-    overrides: Mapping[str, Array],
-    *,
-    seed: int,
-    on_progress: Callable[[float], None] = lambda _done: None,
-) -> Overrides:
+def round_with_feedback(setting: Setting) -> Overrides:
     """Round the weights of each layer one input at a time; the error made so far is taken into the inputs still to come."""
-    nodes = {node.name: node for node in graph.proto.graph.node}
-    weights = [item for item in graph.weights() if item.layer in layers and graph.array(item.values).dtype == np.int8]
+    graph, nodes = setting.graph, setting.nodes
+    weights = [item for item in graph.weights() if item.layer in setting.layers and graph.array(item.values).dtype == np.int8]
     changed: Overrides = {}
-    for chunk_index, chunk in enumerate(_chunks(weights)):
-        inputs = [nodes[item.layer].input[0] for item in chunk]
-        hessians = _hessians(simulator, chunk, nodes, inputs, switches, {**overrides, **changed}, originals, seed)
+    for chunk in _chunks(weights):
+        current = {**setting.overrides, **changed}
+        hessians = _hessians(setting, chunk, nodes, current)
         for item in chunk:
-            plain = originals.get(item.values.removesuffix("_quantized"))
+            plain = setting.originals.get(item.values.removesuffix("_quantized"))
             if plain is None or item.layer not in hessians:
                 continue
-            scale = np.asarray({**overrides, **changed}.get(item.scale, graph.array(item.scale)), dtype=np.float64)
-            limit = int(np.abs(graph.array(item.values).astype(np.int32)).max(initial=1))
-            rounded = _round_layer(plain, scale, item, nodes[item.layer], hessians[item.layer], max(limit, 64))
-            changed[item.values] = rounded
-        on_progress((chunk_index + 1) / CHUNKS)
+            scale = np.asarray(current.get(item.scale, graph.array(item.scale)), dtype=np.float64)
+            limit = max(64, int(np.abs(graph.array(item.values).astype(np.int32)).max(initial=1)))
+            steps = np.broadcast_to(along(scale, item.axis, plain.ndim), plain.shape).astype(np.float64)
+            changed[item.values] = _round_layer(plain, steps, nodes[item.layer], hessians[item.layer], limit)
     return changed
 
 
 def _hessians(
-    simulator: Simulator,
-    chunk: Sequence[QuantizedWeight],
-    nodes: Mapping[str, NodeProto],
-    inputs: Sequence[str],
-    switches: Collection[str],
-    overrides: Mapping[str, Array],
-    originals: Mapping[str, Array],
-    seed: int,
+    setting: Setting, chunk: Sequence[QuantizedWeight], nodes: Mapping[str, NodeProto], overrides: Mapping[str, Array]
 ) -> dict[str, Array]:
     """X^T X [groups, k, k] of each layer's inputs in the order of its flattened weights."""
-    generator = np.random.default_rng(seed)
-    probe = simulator.probe(dict.fromkeys(inputs))
+    generator = np.random.default_rng(setting.seed)
+    inputs = {item.layer: nodes[item.layer].input[0] for item in chunk}
+    probe = setting.simulator.probe(dict.fromkeys(inputs.values()))
     found: dict[str, Array] = {}
-    for values in probe.run(switches, overrides):
-        for item, name in zip(chunk, inputs, strict=True):
-            plain = originals.get(item.values.removesuffix("_quantized"))
-            if plain is None or name not in values:
+    for values in probe.run(setting.switches, overrides):
+        for item in chunk:
+            plain = setting.originals.get(item.values.removesuffix("_quantized"))
+            if plain is None or inputs[item.layer] not in values:
                 continue
-            rows = _input_rows(values[name], nodes[item.layer], plain, generator)
+            rows = _input_rows(values[inputs[item.layer]], nodes[item.layer], plain, generator)
             if rows is None:
                 continue
             product = np.matmul(rows.transpose(0, 2, 1), rows).astype(np.float64)
@@ -157,19 +160,15 @@ def _patches(
     return np.ascontiguousarray(rows.reshape(count, groups, -1).transpose(1, 0, 2))
 
 
-def _round_layer(
-    plain: Array, scale: Array, item: QuantizedWeight, node: NodeProto, hessian: Array, limit: int
-) -> NDArray[np.int8]:
-    """The layer's integers [weights' shape]."""
-    wide = np.broadcast_to(along(scale, item.axis, plain.ndim), plain.shape).astype(np.float64)
+def _round_layer(plain: Array, steps: Array, node: NodeProto, hessian: Array, limit: int) -> NDArray[np.int8]:
+    """The layer's integers; ``plain`` and ``steps`` have the weights' shape."""
     is_transposed = node.op_type == "MatMul" or (
         node.op_type == "Gemm" and not any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     )
     weights = (plain.T if is_transposed else plain).astype(np.float64)
-    steps = wide.T if is_transposed else wide
     groups = hessian.shape[0]
     flat = weights.reshape(groups, weights.shape[0] // groups, -1)
-    sizes = steps.reshape(flat.shape)
+    sizes = (steps.T if is_transposed else steps).reshape(flat.shape)
     rounded = np.stack([_feed_back(flat[g], sizes[g], hessian[g], limit) for g in range(groups)]).reshape(weights.shape)
     return np.ascontiguousarray(rounded.T if is_transposed else rounded).astype(np.int8)
 
@@ -198,54 +197,48 @@ def _feed_back(weights: Array, steps: Array, hessian: Array, limit: int) -> Arra
     return result
 
 
-def correct_biases(
-    simulator: Simulator,
-    graph: QdqGraph,
-    layers: Collection[str],
-    switches: Collection[str],
-    overrides: Mapping[str, Array],
-    on_progress: Callable[[float], None] = lambda _done: None,
-) -> Overrides:
-    """Shift each bias by the mean error of its channel, front to back: ``layer`` biases as float32 by their tensor's name."""
-    nodes = {node.name: node for node in graph.proto.graph.node}
-    weights = [item for item in graph.weights() if item.layer in layers and item.bias is not None]
+def correct_biases(setting: Setting) -> Overrides:
+    """Shift each bias by the mean error of its channel, front to back; biases as float32 by their tensor's name."""
+    nodes = setting.nodes
+    weights = [item for item in setting.graph.weights() if item.layer in setting.layers and item.bias is not None]
     if not weights:
         return {}
     results = {item.layer: nodes[item.layer].output[0] for item in weights}
-    probe = simulator.probe([name for out in results.values() for name in (f"{out}/unclipped", out)])
+    probe = setting.simulator.probe([name for out in results.values() for name in (f"{out}/unclipped", out)])
     seen = {layer: f"{out}/unclipped" if f"{out}/unclipped" in probe.tensors else out for layer, out in results.items()}
-    wanted = _means(probe, seen, (), {}, nodes)
+    feeds = Feeds(probe=probe, nodes=nodes)
+    wanted = feeds.means(seen, (), {})
     biases: Overrides = {}
-    for index, item in enumerate(weights):
-        found = _means(probe, {item.layer: seen[item.layer]}, switches, {**overrides, **biases}, nodes)
+    for item in weights:
+        found = feeds.means({item.layer: seen[item.layer]}, setting.switches, {**setting.overrides, **biases})
         name = nodes[item.layer].input[2]
-        current = simulator.initializer(name)
+        current = setting.simulator.initializer(name)
         shift = wanted[item.layer] - found[item.layer]
         if current is not None and current.shape == shift.shape and np.isfinite(shift).all():
             biases[name] = (current + shift).astype(np.float32)
-        on_progress((index + 1) / len(weights))
     return biases
 
 
-def _means(
-    probe: Probe,
-    tensors: Mapping[str, str],
-    switches: Collection[str],
-    overrides: Mapping[str, Array],
-    nodes: Mapping[str, NodeProto],
-) -> dict[str, Array]:
-    """Mean of each layer's output by channel: axis 1 of a convolution, the last axis of a matrix product."""
-    totals: dict[str, Array] = {}
-    counts: dict[str, int] = {}
-    for values in probe.run(switches, overrides, wanted=dict.fromkeys(tensors.values())):
-        for layer, name in tensors.items():
-            array = values[name]
-            channel = 1 if nodes[layer].op_type.startswith("Conv") else array.ndim - 1
-            axes = tuple(axis for axis in range(array.ndim) if axis != channel)
-            total = array.sum(axis=axes, dtype=np.float64)
-            totals[layer] = totals[layer] + total if layer in totals else total
-            counts[layer] = counts.get(layer, 0) + array.size // array.shape[channel]
-    return {layer: totals[layer] / counts[layer] for layer in totals}
+@dataclass(frozen=True, kw_only=True)
+class Feeds:
+    """Means of inner tensors."""
+
+    probe: Probe
+    nodes: Mapping[str, NodeProto]
+
+    def means(self, tensors: Mapping[str, str], switches: Collection[str], overrides: Mapping[str, Array]) -> dict[str, Array]:
+        """Mean of each layer's output by channel: axis 1 of a convolution, the last axis of a matrix product."""
+        totals: dict[str, Array] = {}
+        counts: dict[str, int] = {}
+        for values in self.probe.run(switches, overrides, wanted=dict.fromkeys(tensors.values())):
+            for layer, name in tensors.items():
+                array = values[name]
+                channel = 1 if self.nodes[layer].op_type.startswith("Conv") else array.ndim - 1
+                axes = tuple(axis for axis in range(array.ndim) if axis != channel)
+                total = array.sum(axis=axes, dtype=np.float64)
+                totals[layer] = totals[layer] + total if layer in totals else total
+                counts[layer] = counts.get(layer, 0) + array.size // array.shape[channel]
+        return {layer: totals[layer] / counts[layer] for layer in totals}
 
 
 def _chunks(items: Sequence[QuantizedWeight]) -> list[Sequence[QuantizedWeight]]:

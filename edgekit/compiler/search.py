@@ -223,8 +223,8 @@ class Search:
     def _explore_dynamic(self) -> None:
         """Where dynamic int8 is fast and misses the accuracy, give the worst layers back to float32, fewest first.
 
-        Layers are ordered by noise per weight (the time of a matrix product goes with its weights); the number that goes back is
-        found by bisection along that list.
+        Layers are ordered by noise per weight (the time of a matrix product goes with its weights); the number that goes back
+        is found by bisection along that list, from few to many.
         """
         if not self.is_dynamic_worth or not TRIALS[self.context.effort] or self._is_late():
             return
@@ -250,7 +250,7 @@ class Search:
         order = sorted(layers, key=lambda name: -noise[name] / layers[name])
         low, high = 0, len(order)
         while high - low > 1 and not self._is_late():
-            middle = min(max(low + 1, 1 if low == 0 and high == len(order) else (low + high) // 2), high - 1)
+            middle = min(max(1, 2 * low), high - 1) if high == len(order) else (low + high) // 2
             kept = json.dumps(sorted(order[:middle]))
             recipe = Recipe(
                 name=f"int8-dynamic-{middle}-fp32",

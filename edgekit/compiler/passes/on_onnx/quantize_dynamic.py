@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 PACKAGES = ("onnx", "onnxruntime")
-MATRIX_OPERATORS = ("MatMul", "Gemm", "LSTM")
+MATRIX_OPERATORS = ("MatMul", "Gemm", "LSTM", "Gather")
 CONVOLUTION_SHARE = 0.5
 INTEGER_OPERATORS = ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul")
 
