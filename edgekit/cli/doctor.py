@@ -19,7 +19,7 @@ from edgekit.schema.base import Record
 
 Level = Literal["ok", "note", "fault"]
 DISTRIBUTION = "edgekit"
-JOBS = ("optimize", "agent", "fleet", "litert-runtime", "litert")
+JOBS = ("optimize", "agent", "fleet", "inc", "litert-runtime", "litert")
 PORTS = {1883: "MQTT broker", 8080: "agent", 8420: "fleet server", 8600: "update repository"}
 MIN_FREE_DISK_BYTES = 1_000_000_000
 MIN_FREE_RAM_MB = 256.0

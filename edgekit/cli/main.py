@@ -30,6 +30,7 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("edgekit.cli.demo", "See the whole way once: optimize, publish, three agents, dashboard."),
     "optimize": ("edgekit.cli.optimize", "Find the fastest form of a model that meets a budget on a target."),
+    "explain": ("edgekit.cli.explain", "Show how a candidate came to be, and make it again bit for bit."),
     "benchmark": ("edgekit.cli.benchmark", "Time models against each other, interleaved, with the noise stated."),
     "predict": ("edgekit.cli.predict", "Run a model file or a bundle on data."),
     "target": ("edgekit.cli.target", "Target profiles: list, show, check, probe this machine."),

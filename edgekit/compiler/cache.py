@@ -28,7 +28,7 @@ from edgekit.schema.measurement import EvalReport
 
 logger = logging.getLogger(__name__)
 PACKAGES = (
-    *("numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "torch", "torch-pruning"),
+    *("numpy", "scipy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "torch", "torch-pruning", "neural-compressor"),
     *("litert-torch", "ai-edge-quantizer", "ai-edge-litert"),
 )  # fmt: skip
 STEP_RECORD = "step.json"

@@ -159,7 +159,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
     out = request.out or default_out(source.stem, target.name)
     check_out(out)
     cache = StepCache(open_work(out))
-    base, context = _import_source(request, target, source, cache, reporter)
+    base, context = import_source(request, target, source, cache, reporter)
     with opened(base.path) as session:
         inputs, outputs = session.inputs, session.outputs
     reporter.tell("prepare", "loading the data", 0.8)
@@ -177,7 +177,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
         out=out,
         budget=budget,
         metric=resolve_metric(name, has_labels=evaluation.labels is not None, task=contract.task),
-        recipes=plan_recipes(target, request.effort, has_task=source.task is not None),
+        recipes=plan_recipes(target, request.effort, has_task=source.task is not None, has_module=source.module is not None),
         base=base,
         calibration=calibration,
         evaluation=evaluation,
@@ -209,10 +209,11 @@ def _check_runnable(target: TargetProfile, source: Source) -> None:
         )
 
 
-def _import_source(
-    request: OptimizeRequest, target: TargetProfile, source: Source, cache: StepCache, reporter: Reporter
+def import_source(
+    request: OptimizeRequest, target: TargetProfile, source: Source, cache: StepCache, reporter: Reporter | None = None
 ) -> tuple[WorkModel, PassContext]:
     """The source as an ONNX file, and the context of all passes (its calibration data comes later)."""
+    told = reporter or Reporter(lambda _event: None)
     spec = source_pass(source.model.kind)
     nothing = Dataset(inputs={}, labels=None, class_names=(), digest=digest_bytes(b""), source="")
     context = PassContext(
@@ -223,7 +224,7 @@ def _import_source(
         effort=request.effort,
         task=source.task,
         example_inputs=source.example_inputs,
-        on_progress=lambda text, done: reporter.tell("prepare", text, 0.1 + 0.7 * done),
+        on_progress=lambda text, done: told.tell("prepare", text, 0.1 + 0.7 * done),
     )
     path = source.path or cache.folder / "source.onnx"
     model = WorkModel(path=path, format="onnx", precision="fp32", lineage=(), module=source.module)

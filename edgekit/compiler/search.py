@@ -18,7 +18,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write_dynamic
 from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
 from edgekit.compiler.passes.on_onnx.quantize_static import edge_layers, find_quantization_obstacle
-from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PassSpec, Recipe
+from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PLANNED, PassSpec, Recipe
 from edgekit.compiler.solve import Choice
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.runtime.registry import open_session
@@ -255,7 +255,7 @@ class Search:
             recipe = Recipe(
                 name=f"int8-dynamic-{middle}-fp32",
                 purpose=f"dynamic int8, the {middle} most sensitive layers in fp32",
-                passes=(OPTIMIZE, PassSpec(name=DYNAMIC.name, where=DYNAMIC.where, settings={"float_nodes": kept})),
+                passes=(OPTIMIZE, replace(DYNAMIC, settings={"float_nodes": kept})),
             )
             if self.attempt(recipe):
                 high = middle
@@ -283,7 +283,7 @@ class Search:
             "refined_float": "" if refined == kept else json.dumps(refined),
             "ranked": json.dumps(list(self.lab.ranked)),
         }
-        return PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned", settings=settings)
+        return replace(PLANNED, settings=settings)
 
     def _is_late(self) -> bool:
         return time.monotonic() > self.deadline

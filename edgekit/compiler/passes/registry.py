@@ -6,6 +6,7 @@ Passes are named by ``module:class`` and imported when they are needed, since so
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, assert_never
@@ -52,6 +53,7 @@ EXPORT_ONNX = PassSpec(name="export-onnx", where="on_torch.export:ExportOnnx")
 OPTIMIZE = PassSpec(name="optimize-graph", where="on_onnx.optimize:OptimizeGraph")
 PRUNE = PassSpec(name="prune-and-distill", where="on_torch.prune_distill:PruneAndDistill")
 DYNAMIC = PassSpec(name="quantize-dynamic", where="on_onnx.quantize_dynamic:QuantizeDynamic")
+NEURAL_COMPRESSOR = PassSpec(name="neural-compressor-pt2e", where="on_torch.neural_compressor:NeuralCompressorStatic")
 TO_LITERT = PassSpec(name="convert-to-litert", where="on_litert.convert:ConvertToLiteRT")
 LITERT_INT8 = PassSpec(name="quantize-litert-int8", where="on_litert.quantize:QuantizeLiteRT")
 
@@ -59,6 +61,16 @@ LITERT_INT8 = PassSpec(name="quantize-litert-int8", where="on_litert.quantize:Qu
 def quantize(**settings: Scalar) -> PassSpec:
     """A static int8 pass with settings of its own."""
     return PassSpec(name="quantize-static", where="on_onnx.quantize_static:QuantizeStatic", settings=settings)
+
+
+PLANNED = PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned")
+
+
+def all_passes() -> tuple[PassSpec, ...]:
+    """Every pass there is, by name."""
+    static = PassSpec(name="quantize-static", where="on_onnx.quantize_static:QuantizeStatic")
+    onnx = (IMPORT_ONNX, EXPORT_ONNX, OPTIMIZE, static, PLANNED, DYNAMIC)
+    return (*onnx, PRUNE, NEURAL_COMPRESSOR, TO_LITERT, LITERT_INT8)
 
 
 def source_pass(kind: Literal["onnx", "torch"]) -> PassSpec:
@@ -72,17 +84,19 @@ def source_pass(kind: Literal["onnx", "torch"]) -> PassSpec:
             assert_never(kind)
 
 
-def plan_recipes(target: TargetProfile, effort: Effort, *, has_task: bool) -> tuple[Recipe, ...]:
+def plan_recipes(target: TargetProfile, effort: Effort, *, has_task: bool, has_module: bool = False) -> tuple[Recipe, ...]:
     """All candidates of a run in the order they are made; the first one is the baseline.
 
     Args:
         target: decides the format and the int8 rules.
         effort: ``fast`` makes the two or three that matter most, ``max`` every variant there is.
         has_task: whether the source can be trained, so that it can be pruned.
+        has_module: whether the source is a torch module, which Neural Compressor starts from.
     """
     match target.runtime:
         case "onnxruntime":
-            return (*_onnx_recipes(target, effort), *(_pruned_onnx(target, effort) if has_task else ()))
+            compressed = _compressed(target) if has_module and effort != "fast" else ()
+            return (*_onnx_recipes(target, effort), *compressed, *(_pruned_onnx(target, effort) if has_task else ()))
         case "litert" | "tflm":
             return (*_litert_recipes(), *(_pruned_litert() if has_task and effort != "fast" else ()))
         case _:
@@ -115,6 +129,13 @@ def _onnx_recipes(target: TargetProfile, effort: Effort) -> tuple[Recipe, ...]:
         name = "int8-7bit" if other else "int8-8bit"
         add(name, "the other range of weights", is_per_channel=is_per_channel, reduce_range=other)
     return tuple(recipes)
+
+
+def _compressed(target: TargetProfile) -> tuple[Recipe, ...]:
+    """Neural Compressor's candidate, where its package is installed: without it there is nothing to say about it."""
+    if target.int8.format != "qdq" or importlib.util.find_spec("neural_compressor") is None:
+        return ()
+    return (Recipe(name="int8-inc", purpose="static int8 by Intel Neural Compressor", passes=(NEURAL_COMPRESSOR,)),)
 
 
 def _pruned_onnx(target: TargetProfile, effort: Effort) -> tuple[Recipe, ...]:
