@@ -224,7 +224,7 @@ def remove_float_pairs(proto: ModelProto) -> int:
     int8_nodes = {
         node.name
         for node in proto.graph.node
-        if node.op_type in QUANTIZED_OPERATORS and all(graph.dequantizer(name) is not None for name in _data_inputs(node))
+        if node.op_type in QUANTIZED_OPERATORS and all(graph.dequantizer(name) is not None for name in data_inputs(node))
     }
     gone: list[Any] = []
     for node in proto.graph.node:
@@ -260,7 +260,8 @@ DATA_INPUTS = {"Add": 2, "Mul": 2, "MatMul": 2, "Conv": 2, "Gemm": 2, "Where": 3
 """How many of the first inputs hold data and weights; the rest are biases, shapes and indices."""
 
 
-def _data_inputs(node: NodeProto) -> list[str]:
+def data_inputs(node: NodeProto) -> list[str]:
+    """The inputs that decide whether a node is int8: data and weights."""
     count = len(node.input) if node.op_type == "Concat" else DATA_INPUTS.get(node.op_type, 1)
     first = 1 if node.op_type == "Where" else 0
     return [name for name in node.input[first:count] if name]

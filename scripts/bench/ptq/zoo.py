@@ -70,9 +70,9 @@ def fashion(part: str) -> tuple[np.ndarray, np.ndarray]:
 
 def fashion_data(folder: Path, name: str, evaluated: int = 5000) -> None:
     """Calibration from the training images, evaluation from the test images."""
-    train, _labels = fashion("train")
+    train, known = fashion("train")
     test, labels = fashion("t10k")
-    np.savez(folder / "calibration.npz", **{name: train[-300:]})
+    np.savez(folder / "calibration.npz", **{name: train[-300:]}, labels=known[-300:])
     np.savez(folder / "evaluation.npz", **{name: test[:evaluated]}, labels=labels[:evaluated])
 
 
