@@ -1,8 +1,8 @@
 """Sums of two products that leave int16: what x86 processors without a dot-product instruction make of an int8 model.
 
 With AVX2 (or AVX-512 without VNNI) ONNX Runtime multiplies uint8 activations with int8 weights by VPMADDUBSW: the products of
-two neighbours along the summed axis are added into a saturating int16, so ``a0 * w0 + a1 * w1`` is clipped to -32768..32767. The
-zero point is subtracted later, so a is the stored 0..255 and only two weights of one sign with ``|w0| + |w1| >= 129`` can overflow.
+two neighbours along the summed axis are added into a saturating int16: ``a0 * w0 + a1 * w1`` is clipped to -32768..32767. The
+zero point is subtracted later, so a is the stored 0..255; only two weights of one sign with ``|w0| + |w1| >= 129`` can overflow.
 
 The rules kept here, all of them checked against ONNX Runtime's kernels on an emulated processor by scripts/bench/saturation.py:
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from edgekit.compiler.calibration import fixed_batch, whole_batches
 from edgekit.compiler.findings import LayerSaturation
 from edgekit.compiler.graph import encode, open_plain, subgraphs_of
-from edgekit.compiler.qdq import QdqGraph, along
+from edgekit.compiler.qdq import QdqGraph
 from edgekit.dataset.data import Dataset, spread_indices
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _pairs_at_top(weights: Array) -> Array:
     """The largest absolute sum of each pair over all activations: int32 [..., k / 2]."""
     pairs = weights.astype(np.int32).reshape(*weights.shape[:-1], -1, 2)
     positive, negative = np.maximum(pairs, 0).sum(-1), np.minimum(pairs, 0).sum(-1)
-    return TOP * np.where(positive >= -negative, positive, negative)
+    return np.asarray(TOP * np.where(positive >= -negative, positive, negative))
 
 
 def _overflow_possible(weights: Array) -> Array:
@@ -126,9 +126,10 @@ def _is_redundant(graph: QdqGraph, clip: NodeProto, quantizer: NodeProto) -> boo
         if any(name and name not in graph.initializers for name in names):
             return False
         limits = [float(graph.array(name)) if name else end for name, end in zip(names, (-np.inf, np.inf), strict=True)]
-    scale, zero_point = graph.array(quantizer.input[1]), graph.array(quantizer.input[2])
+    scale = float(graph.array(quantizer.input[1]).reshape(()))
+    zero_point = graph.array(quantizer.input[2]) if len(quantizer.input) > 2 else np.zeros((), np.uint8)
     info = np.iinfo(zero_point.dtype)
-    low, high = (float(scale) * (end - int(zero_point)) for end in (info.min, info.max))
+    low, high = (scale * (end - int(zero_point.reshape(()))) for end in (info.min, info.max))
     return low >= limits[0] - 1e-6 and high <= limits[1] + 1e-6
 
 
@@ -278,3 +279,191 @@ def _sums(layer: _Layer, places: _Places, rows: Array, group: int) -> Iterator[_
             block = chosen[at : at + step]
             sums = columns[2 * pairs[block]] * first[block, None] + columns[2 * pairs[block] + 1] * second[block, None]
             yield _Block(channels=channels[block], rows=part, sums=sums)
+
+
+# --- count -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    pairs: int = 0
+    overflowing: int = 0
+    bound: int = 0
+    worst: int = 0
+
+
+def count_saturation(
+    quantized: ModelProto, data: Dataset, *, samples: int = 32, rows: int = 256, seed: int = 0
+) -> tuple[LayerSaturation, ...]:
+    """Overflowing sums of every layer whose kernel sums pairs, exactly, on the activations of some samples; graph order.
+
+    ``worst`` is a bound where no sum overflows: nothing is summed that the weights, or the largest activation of each place,
+    rule out. Layers that can not saturate for another reason than their weights (see the module's rules) are left out.
+
+    Args:
+        quantized: a model in QDQ form.
+        data: calibration samples.
+        samples: how many of them are used, evenly spaced.
+        rows: output places counted of each sample, drawn with ``seed``.
+        seed: of the draw.
+    """
+    import onnx
+
+    layers = list(_find_layers(QdqGraph(quantized)))
+    if not layers:
+        return ()
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    names = list(dict.fromkeys(layer.data for layer in layers))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = open_plain(encode(model))
+    random = np.random.default_rng(seed)
+    tallies = [_Tally() for _ in layers]
+    for feeds in _batches(quantized, data, samples):
+        values = dict(zip(names, session.run(names, feeds), strict=True))
+        for layer, tally in zip(layers, tallies, strict=True):
+            _count_batch(layer, values[layer.data], tally, rows, random)
+    return tuple(
+        LayerSaturation(
+            layer=layer.name,
+            op_type=str(layer.node.op_type),
+            pairs=tally.pairs,
+            overflowing=tally.overflowing,
+            worst=tally.worst if tally.overflowing else min(tally.bound, -LOW),
+        )
+        for layer, tally in zip(layers, tallies, strict=True)
+    )
+
+
+def _batches(proto: ModelProto, data: Dataset, samples: int) -> Iterator[dict[str, Array]]:
+    chosen = data.select(spread_indices(len(data), samples))
+    size = fixed_batch(proto)
+    for _done, feeds in whole_batches(chosen, size or BATCH_SIZE, is_fixed=size is not None):
+        yield feeds
+
+
+def _count_batch(layer: _Layer, values: Array, tally: _Tally, rows: int, random: np.random.Generator) -> None:
+    places = _locate(layer, values)
+    chosen = _draw(places.rows, max(1, places.shape[0] if places.shape else 1), rows, random)
+    groups, outputs, _depth = layer.weights.shape
+    tally.pairs += len(chosen) * groups * outputs * layer.pairs
+    tally.bound = max(tally.bound, int(np.abs(_pairs_at_top(layer.weights)).max(initial=0)))
+    for group in range(groups):
+        for block in _sums(layer, places, chosen, group):
+            tally.overflowing += int(((block.sums > HIGH) | (block.sums < LOW)).sum())
+            tally.worst = max(tally.worst, int(np.abs(block.sums).max()))
+
+
+def _draw(rows: Array, samples: int, count: int, random: np.random.Generator) -> Array:
+    """Up to ``count`` rows of each sample."""
+    each = rows.reshape(samples, -1)
+    if each.shape[1] <= count:
+        return rows
+    return random.permuted(each, axis=1)[:, :count].reshape(-1)
+
+
+# --- simulate ----------------------------------------------------------------------------------------------------------------
+
+
+def simulate_saturation(quantized: ModelProto, data: Dataset, *, samples: int) -> dict[str, Array]:
+    """The outputs of a QDQ model, by name, as a processor without a dot-product instruction would give them.
+
+    The graph runs in float32 between the layers that can saturate; the result of each of those is moved by what clipping takes
+    from its sums. Evenly spaced samples, [samples, ...].
+    """
+    run = _Segments(quantized)
+    parts = [run(feeds) for feeds in _batches(quantized, data, samples)]
+    names = [item.name for item in quantized.graph.output]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names} if parts else {}
+
+
+class _Segments:
+    """A model cut behind every layer that can saturate, so that its result can be corrected before the rest runs."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        layers = {id(layer.node): layer for layer in _find_layers(QdqGraph(proto)) if layer.is_affected}
+        self._proto = proto
+        self._weights = {item.name: item for item in proto.graph.initializer}
+        self._outputs = [item.name for item in proto.graph.output]
+        self._parts: list[tuple[list[NodeProto], _Layer | None]] = []
+        nodes: list[NodeProto] = []
+        for node in proto.graph.node:
+            nodes.append(node)
+            if id(node) in layers:
+                self._parts.append((nodes, layers[id(node)]))
+                nodes = []
+        self._parts.append((nodes, None))
+        self._sessions: dict[int, tuple[Any, list[str], list[str]]] = {}
+
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs for one batch."""
+        known = dict(feeds)
+        for place, (nodes, layer) in enumerate(self._parts):
+            if nodes:
+                session, reads, makes = self._open(place, known)
+                known.update(zip(makes, session.run(makes, {name: known[name] for name in reads}), strict=True))
+            if layer is not None:
+                result = layer.node.output[0]
+                known[result] = known[result] + _correction(layer, known[layer.data]).astype(known[result].dtype)
+            self._forget(place, known)
+        return {name: known[name] for name in self._outputs}
+
+    def _needed_after(self, place: int) -> set[str]:
+        needed = set(self._outputs)
+        for nodes, layer in self._parts[place + 1 :]:
+            needed |= _read_by(nodes) | ({layer.data} if layer else set())
+        return needed
+
+    def _forget(self, place: int, known: dict[str, Array]) -> None:
+        needed = self._needed_after(place)
+        for name in [name for name in known if name not in needed]:
+            del known[name]
+
+    def _open(self, place: int, known: Mapping[str, Array]) -> tuple[Any, list[str], list[str]]:
+        """A session of one part, and what it reads and makes; its inputs have the types of the first batch."""
+        if place not in self._sessions:
+            nodes, layer = self._parts[place]
+            made = {name for node in nodes for name in node.output if name}
+            wanted = self._needed_after(place) | ({layer.data, layer.node.output[0]} if layer else set())
+            reads, makes = sorted((_read_by(nodes) - made) & set(known)), sorted(made & wanted)
+            model = self._cut(nodes, {name: known[name].dtype for name in reads}, makes)
+            self._sessions[place] = open_plain(encode(model)), reads, makes
+        return self._sessions[place]
+
+    def _cut(self, nodes: list[NodeProto], reads: Mapping[str, Any], makes: list[str]) -> ModelProto:
+        import onnx
+        from onnx import helper
+
+        kinds = {name: helper.np_dtype_to_tensor_dtype(kind) for name, kind in reads.items()}
+        inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+        weights = [item for name, item in self._weights.items() if name in _read_by(nodes)]
+        graph = helper.make_graph(nodes, "part", inputs, [onnx.ValueInfoProto(name=name) for name in makes], weights)
+        model = onnx.ModelProto(ir_version=self._proto.ir_version, graph=graph)
+        model.opset_import.extend(self._proto.opset_import)
+        model.functions.extend(self._proto.functions)
+        return model
+
+
+def _read_by(nodes: list[NodeProto]) -> set[str]:
+    """What nodes read, with what the graphs inside them take from around them."""
+    names = {name for node in nodes for name in node.input if name}
+    for node in nodes:
+        for inner in subgraphs_of(node):
+            names |= _read_by(list(inner.node)) | {item.name for item in inner.output}
+    return names
+
+
+def _correction(layer: _Layer, values: Array) -> Array:
+    """What clipping adds to the float result of a layer: float64, shaped like the result."""
+    places = _locate(layer, values)
+    groups, outputs, _depth = layer.weights.shape
+    lost = np.zeros((groups, outputs, len(places.rows)), np.int64)
+    for group in range(groups):
+        for block in _sums(layer, places, places.rows, group):
+            excess = np.clip(block.sums, LOW, HIGH) - block.sums
+            starts = np.flatnonzero(np.diff(block.channels, prepend=-1))
+            lost[group, block.channels[starts], block.rows] += np.add.reduceat(excess, starts, axis=0)
+    moved = lost.reshape(groups * outputs, -1) * layer.scale.reshape(-1, 1)
+    axis = 1 if layer.node.op_type == "Conv" else -1
+    return np.asarray(np.moveaxis(moved.reshape(groups * outputs, *places.shape), 0, axis))
