@@ -106,13 +106,15 @@ def _find_layers(graph: QdqGraph) -> Iterator[_Layer]:
 
 def _runs_in_integers(graph: QdqGraph, node: NodeProto) -> bool:
     """Whether ONNX Runtime puts an integer kernel in its place: what it asks of the nodes around it."""
-    if any(name and graph.dequantizer(name) is None for name in node.input):
+    if any(graph.dequantizer(name) is None for name in node.input[:2]):
         return False
+    if any(name and graph.dequantizer(name) is None and name not in graph.initializers for name in node.input[2:]):
+        return False  # a float32 bias is no hindrance as long as it is a constant: the runtime quantizes it
     users = graph.uses.get(node.output[0], [])
-    if len(users) == 1 and users[0].op_type in ("Relu", "Clip") and node.op_type != "MatMul":
+    if len(users) == 1 and users[0].op_type in ("Relu", "Clip") and users[0].output[0] not in graph.outputs:
         behind = graph.uses.get(users[0].output[0], [])
-        if any(user.op_type == "QuantizeLinear" for user in behind):
-            return len(behind) == 1 and _is_redundant(graph, users[0], behind[0])
+        if len(behind) == 1:
+            return behind[0].op_type == "QuantizeLinear" and _is_redundant(graph, users[0], behind[0])
     if not any(user.op_type == "QuantizeLinear" for user in users):
         return node.op_type != "Conv"
     return len(users) == 1 and node.output[0] not in graph.outputs
@@ -140,7 +142,7 @@ def _read_layer(graph: QdqGraph, node: NodeProto) -> _Layer | None:
     if weight.input[0] not in graph.initializers or len(data.input) < 3 or data.input[0] in graph.initializers:
         return None
     stored, zero_point = graph.array(weight.input[0]), graph.array(data.input[2])
-    if stored.dtype != np.int8 or zero_point.dtype != np.uint8 or zero_point.size != 1:
+    if stored.dtype != np.int8 or zero_point.dtype not in (np.uint8, np.int8) or zero_point.size != 1:
         return None
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     groups = int(attributes.get("group", 1))
@@ -163,7 +165,7 @@ def _read_layer(graph: QdqGraph, node: NodeProto) -> _Layer | None:
         weights=_even(stored),
         pairs=(stored.shape[-1] + 1) // 2,
         scale=scale * float(attributes.get("alpha", 1.0)),
-        zero_point=int(zero_point.reshape(())),
+        zero_point=int(_as_kernel_sees(zero_point).reshape(())),
         kernel=kernel,
         attributes=attributes,
     )
@@ -186,8 +188,14 @@ class _Places:
     shape: tuple[int, ...]
 
 
+def _as_kernel_sees(values: Array) -> Array:
+    """Stored activations as uint8: the runtime turns int8 ones into uint8 by adding 128, and their zero point with them."""
+    return values if values.dtype == np.uint8 else values.view(np.uint8) ^ np.uint8(128)
+
+
 def _locate(layer: _Layer, values: Array) -> _Places:
     """Lay out the stored activations [N, C, ...] or [..., K] of a layer."""
+    values = _as_kernel_sees(values)
     if layer.node.op_type == "Conv":
         return _locate_images(layer, values)
     is_turned = bool(layer.attributes.get("transA", 0))
@@ -330,7 +338,7 @@ def count_saturation(
             op_type=str(layer.node.op_type),
             pairs=tally.pairs,
             overflowing=tally.overflowing,
-            worst=tally.worst if tally.overflowing else min(tally.bound, -LOW),
+            worst=tally.worst if tally.overflowing else min(tally.bound, HIGH),
         )
         for layer, tally in zip(layers, tallies, strict=True)
     )
