@@ -100,11 +100,16 @@ def collect_ranges(
         ArtifactError: ``quantization.no_activations`` when the main graph has no float activation.
     """
     if method == "minmax":
-        return _collect(proto, data, None, batch_size, on_progress, has_counts=False)[0]
+        key = hashlib.sha256(encode(proto) + data.digest.encode()).hexdigest()
+        if key not in _recent_ends:
+            _recent_ends.clear()
+            _recent_ends[key] = _collect(proto, data, None, batch_size, on_progress, has_counts=False)[0]
+        return dict(_recent_ends[key])
     found = collect_statistics(proto, data, batch_size=batch_size, on_progress=on_progress)
     return {name: item.range_by(method) for name, item in found.items()}
 
 
+_recent_ends: dict[str, Ranges] = {}
 _recent: dict[str, dict[str, Statistics]] = {}
 """The last statistics by content: candidates that differ in the method alone share them."""
 

@@ -349,7 +349,7 @@ def _use_global_pool(proto: ModelProto) -> ModelProto:
     for node in proto.graph.node:
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         axes = attributes.get("axes")
-        if len(node.input) > 1 and node.input[1] in constants:
+        if node.op_type == "ReduceMean" and len(node.input) > 1 and node.input[1] in constants:
             axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
         rank = ranks.get(node.input[0]) if node.input else None
         if node.op_type != "ReduceMean" or rank != 4 or sorted(axis % 4 for axis in axes or ()) != [2, 3]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.compiler.calibration import METHODS, Method, Statistics, collect_statistics, fixed_batch
+from edgekit.compiler.calibration import METHODS, Method, Statistics, collect_ranges, collect_statistics, fixed_batch
 from edgekit.compiler.costs import Costs, measure_costs
 from edgekit.compiler.findings import LadderStep, LayerSensitivity, TensorRange
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, write_qdq
@@ -68,12 +68,14 @@ class Lab:
     sweep_seconds: float = 0.0
     ranked: tuple[int, ...] = ()
     """Indices of the calibration samples to rank on; empty: chosen here, as many as ``sweep_seconds`` allow."""
+    has_histograms: bool = True
+    """Without them there is only the min-max calibrator, for half the time."""
     tell: Tell = field(default=lambda _text, _done: None)
 
     def __post_init__(self) -> None:
         from onnx import numpy_helper
 
-        self.statistics: dict[str, Statistics] = collect_statistics(self.proto, self.calibration)
+        self.statistics: dict[str, Statistics] = self._collect()
         self.originals = {item.name: np.asarray(numpy_helper.to_array(item)) for item in self.proto.graph.initializer}
         self.quantized = write_qdq(self.proto, self.plan({}, ()))
         self.graph = QdqGraph(self.quantized)
@@ -85,6 +87,12 @@ class Lab:
         self.wiring: Wiring = wire(self.proto, self.units)
         self.sensitivity: dict[str, float] = {}
         self._replayed: dict[tuple[Any, ...], Overrides] = {}
+
+    def _collect(self) -> dict[str, Statistics]:
+        if self.has_histograms:
+            return collect_statistics(self.proto, self.calibration)
+        nothing = np.zeros(0, np.int64)
+        return {name: Statistics(*ends, nothing) for name, ends in collect_ranges(self.proto, self.calibration).items()}
 
     @property
     def judge(self) -> Simulator:
@@ -194,7 +202,7 @@ class Lab:
         methods: dict[str, Method] = {}
         kept: list[str] = []
         ladder: list[LadderStep] = []
-        best = self.judge.noise(switches)
+        best = self.judge.noise(switches) if wanted else 0.0
         for place, name in enumerate(wanted):
             if time.monotonic() > deadline:
                 ladder.append(LadderStep(name=name, is_kept=False, reason="the time limit came first"))
@@ -321,8 +329,10 @@ class Lab:
         return tuple(sorted(records, key=lambda item: item.enable_one_db))
 
     def range_records(self, methods: Mapping[str, Method], tensors: Iterable[str]) -> tuple[TensorRange, ...]:
-        """The ranges that a candidate uses, worst first."""
-        records = []
+        """The ranges that a candidate uses, worst first; nothing where there are no histograms to judge them by."""
+        records: list[TensorRange] = []
+        if not self.has_histograms:
+            return ()
         for name in tensors:
             item = self.statistics[name]
             low, high = item.range_by(methods.get(name, "minmax"))

@@ -169,31 +169,37 @@ def _round_layer(plain: Array, steps: Array, node: NodeProto, hessian: Array, li
     groups = hessian.shape[0]
     flat = weights.reshape(groups, weights.shape[0] // groups, -1)
     sizes = (steps.T if is_transposed else steps).reshape(flat.shape)
-    rounded = np.stack([_feed_back(flat[g], sizes[g], hessian[g], limit) for g in range(groups)]).reshape(weights.shape)
+    rounded = _feed_back(flat, sizes, hessian, limit).reshape(weights.shape)
     return np.ascontiguousarray(rounded.T if is_transposed else rounded).astype(np.int8)
 
 
 def _feed_back(weights: Array, steps: Array, hessian: Array, limit: int) -> Array:
-    """Integers [outputs, k]: round column after column, spread each error over the columns to come (Cholesky form)."""
-    count = weights.shape[1]
-    diagonal = np.diag(hessian).copy()
-    is_dead = diagonal <= 0
+    """Integers [groups, outputs, k]: round column after column, spread each error over the columns to come (Cholesky form).
+
+    Args:
+        weights: float [groups, outputs, k].
+        steps: of the integers, the same shape.
+        hessian: [groups, k, k].
+        limit: the largest integer.
+    """
+    count = weights.shape[2]
+    diagonal = np.diagonal(hessian, axis1=1, axis2=2)
     matrix = hessian.copy()
-    matrix[is_dead, is_dead] = 1.0
-    matrix[np.diag_indices(count)] += DAMPING * float(np.mean(diagonal)) + 1e-9
-    order = np.argsort(-diagonal, kind="stable")
-    permuted = matrix[np.ix_(order, order)]
-    upper = np.linalg.cholesky(np.linalg.inv(permuted)).T
-    left = weights[:, order].copy()
-    sizes = steps[:, order]
+    places = np.arange(count)
+    matrix[:, places, places] += np.where(diagonal <= 0, 1.0, 0.0) + DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-9
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    permuted = np.take_along_axis(np.take_along_axis(matrix, order[:, :, None], 1), order[:, None, :], 2)
+    upper = np.linalg.cholesky(np.linalg.inv(permuted)).transpose(0, 2, 1)
+    left = np.take_along_axis(weights, order[:, None, :], 2)
+    sizes = np.take_along_axis(steps, order[:, None, :], 2)
     integers = np.empty_like(left)
     for column in range(count):
-        value = left[:, column]
-        integers[:, column] = np.clip(np.round(value / sizes[:, column]), -limit, limit)
-        error = (value - integers[:, column] * sizes[:, column]) / upper[column, column]
-        left[:, column + 1 :] -= np.outer(error, upper[column, column + 1 :])
+        value = left[:, :, column]
+        integers[:, :, column] = np.clip(np.round(value / sizes[:, :, column]), -limit, limit)
+        error = (value - integers[:, :, column] * sizes[:, :, column]) / upper[:, column, column, None]
+        left[:, :, column + 1 :] -= error[:, :, None] * upper[:, None, column, column + 1 :]
     result = np.empty_like(integers)
-    result[:, order] = integers
+    np.put_along_axis(result, np.broadcast_to(order[:, None, :], integers.shape), integers, 2)
     return result
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SWEEP_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 120.0}
-LADDER: dict[Effort, tuple[str, ...]] = {"fast": ("feedback",), "default": STEPS, "max": STEPS}
+LADDER: dict[Effort, tuple[str, ...]] = {"fast": (), "default": STEPS, "max": STEPS}
 TRIALS: dict[Effort, int] = {"fast": 0, "default": 6, "max": 9}
 LOWEST_SHARE = 0.01
 """The smallest limit of noise that is tried, as a share of the noise of the fastest choice."""
@@ -177,6 +177,8 @@ class Search:
 
     def _polish(self, lab: Lab, costs: Costs, planned: Choice) -> Choice:
         """Settle close calls by timing whole models: single nodes' times do not add up to the last microsecond."""
+        if not POLISH_SECONDS[self.context.effort]:
+            return planned
         until = min(self.deadline, time.monotonic() + POLISH_SECONDS[self.context.effort])
         with tempfile.TemporaryDirectory(prefix="edgekit-polish-") as folder:
             race = Race(lab, self.feeds, self.threads, Path(folder), self.context.seed)

@@ -61,6 +61,7 @@ def open_lab(
             host=host,
             sweep_seconds=sweep_seconds,
             ranked=ranked,
+            has_histograms=context.effort != "fast",
             tell=context.on_progress,
         )
         settings = json.dumps([is_per_channel, reduce_range, context.seed, samples.digest, list(lab.ranked)]).encode()
