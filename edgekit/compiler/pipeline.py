@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from edgekit import __version__
 from edgekit.benchmark.fingerprint import fingerprint
 from edgekit.benchmark.latency import measure
-from edgekit.compiler.findings import Findings
+from edgekit.compiler.audit import audit_runtime
+from edgekit.compiler.findings import Findings, RuntimeAudit
 from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge
 from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
@@ -130,7 +131,8 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
         findings = search.findings(judgement.chosen) if search else Findings()
         result = _assemble(prepared, candidates, budget, judgement, clock)
-        result = msgspec.structs.replace(result, findings=findings)
+        audits = _audit(prepared, candidates, judgement.chosen)
+        result = msgspec.structs.replace(result, findings=msgspec.structs.replace(findings, audits=audits))
         write_output(prepared, candidates, result)
     finally:
         for item in candidates:
@@ -533,6 +535,19 @@ def _profile(prepared: Prepared, candidates: list[Made], names: set[str]) -> dic
         except Exception:
             logger.debug("no profile candidate=%s", item.name, exc_info=True)
     return profiles
+
+
+def _audit(prepared: Prepared, candidates: list[Made], chosen: str) -> dict[str, RuntimeAudit]:
+    """What the runtime really runs of the winner; an audit that fails is left out."""
+    item = next(item for item in candidates if item.name == chosen)
+    if item.session is None or item.model is None or item.model.format != "onnx":
+        return {}
+    try:
+        feeds = one_sample(item.session, prepared.evaluation)
+        return {chosen: audit_runtime(item.model.path, feeds, threads=prepared.threads)}
+    except Exception:
+        logger.debug("no audit candidate=%s", chosen, exc_info=True)
+        return {}
 
 
 def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeResult) -> None:

@@ -2,7 +2,7 @@
 
 With AVX2 (or AVX-512 without VNNI) ONNX Runtime multiplies uint8 activations with int8 weights by VPMADDUBSW: the products of
 two neighbours along the summed axis are added into a saturating int16: ``a0 * w0 + a1 * w1`` is clipped to -32768..32767. The
-zero point is subtracted later, so a is the stored 0..255; only two weights of one sign with ``|w0| + |w1| >= 129`` can overflow.
+zero point is subtracted later: a is the stored 0..255, and only two weights of one sign with ``|w0| + |w1| >= 129`` overflow.
 
 The rules kept here, all of them checked against ONNX Runtime's kernels on an emulated processor by scripts/bench/saturation.py:
 

@@ -22,13 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.benchmark.latency import compare, measure
 from edgekit.compiler.calibration import fixed_batch, whole_batches
 from edgekit.compiler.costs import Costs
-from edgekit.compiler.findings import Findings, LadderStep
+from edgekit.compiler.findings import Findings, LadderStep, LayerSaturation
 from edgekit.compiler.graph import encode, open_plain, read_onnx
 from edgekit.compiler.lab import STEPS, Climb, Lab
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
@@ -36,6 +37,7 @@ from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write
 from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
 from edgekit.compiler.passes.on_onnx.quantize_static import edge_layers, find_quantization_obstacle
 from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PLANNED, PassSpec, Recipe
+from edgekit.compiler.saturation import count_saturation
 from edgekit.compiler.solve import Choice
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.runtime.registry import open_session
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 logger = logging.getLogger(__name__)
+DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 SWEEP_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 120.0}
 LADDER: dict[Effort, tuple[str, ...]] = {"fast": (), "default": STEPS, "max": STEPS}
 TRIALS: dict[Effort, int] = {"fast": 0, "default": 6, "max": 9}
@@ -54,6 +57,7 @@ LOWEST_SHARE = 0.01
 Array = NDArray[Any]
 
 
+SATURATION_SAMPLES = 16
 MOST_DYNAMIC_LAYERS = 100
 DYNAMIC_SAMPLES = 16
 POLISH_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 8.0, "max": 40.0}
@@ -131,6 +135,8 @@ class Search:
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     climbed: Climb | None = None
+    saturation: tuple[LayerSaturation, ...] = ()
+    seven_bit: tuple[str, ...] = ()
     lab: Lab | None = None
     costs: Costs | None = None
 
@@ -153,7 +159,7 @@ class Search:
             read_onnx(self.model.path),
             self.context,
             is_per_channel=rules.per_channel,
-            reduce_range=rules.reduce_range,
+            reduce_range=False,  # where it matters, single layers are narrowed instead
             sweep_seconds=SWEEP_SECONDS[effort],
             threads=self.threads,
             host=self.host,
@@ -171,9 +177,26 @@ class Search:
         if self._is_late():
             return
         self.climbed = lab.climb(fastest.int8, LADDER[effort], self.deadline)
+        self._count_saturation(lab, fastest)
         if self._try("int8-mixed", "int8 where it pays in milliseconds, refined", fastest) or not TRIALS[effort]:
             return
         self._guard(lab, costs, fastest)
+
+    def _count_saturation(self, lab: Lab, choice: Choice) -> None:
+        """Count what would overflow without a dot-product instruction; on targets without one, narrow those layers' weights."""
+        target = self.context.target
+        if target.arch != "x86-64" or target.int8.weights != "int8":
+            return
+        assert self.climbed is not None
+        overrides = lab.replay(self.climbed.units, self.climbed.methods, self.climbed.steps)
+        counted = count_saturation(
+            lab.build(choice.int8, self.climbed.methods, overrides), lab.calibration, samples=SATURATION_SAMPLES
+        )
+        is_cured = target.int8.reduce_range or not DOT_PRODUCT & set(target.isa)
+        self.seven_bit = tuple(item.layer for item in counted if item.overflowing) if is_cured else ()
+        self.saturation = tuple(
+            msgspec.structs.replace(item, cure="7-bit" if item.layer in self.seven_bit else "none") for item in counted
+        )
 
     def _polish(self, lab: Lab, costs: Costs, planned: Choice) -> Choice:
         """Settle close calls by timing whole models: single nodes' times do not add up to the last microsecond."""
@@ -284,6 +307,7 @@ class Search:
             "steps": ",".join(self.climbed.steps),
             "refined_float": "" if refined == kept else json.dumps(refined),
             "ranked": json.dumps(list(self.lab.ranked)),
+            "seven_bit": json.dumps(list(self.seven_bit)),
         }
         return replace(PLANNED, settings=settings)
 
@@ -302,7 +326,13 @@ class Search:
         ladder: tuple[LadderStep, ...] = self.climbed.ladder if self.climbed else ()
         tensors = [name for name in self.lab.simulator.tensors if name in self.lab.simulator.switches_of(int8)]
         layers = self.lab.layer_records(self.costs, int8) if self.lab.sensitivity else ()
-        return Findings(layers=layers, ranges=self.lab.range_records(methods, tensors), ladder=ladder, notes=tuple(self.notes))
+        return Findings(
+            layers=layers,
+            ranges=self.lab.range_records(methods, tensors),
+            ladder=ladder,
+            notes=tuple(self.notes),
+            saturation=self.saturation,
+        )
 
 
 def _answers(proto: ModelProto, data: Dataset) -> list[Array]:
