@@ -52,7 +52,9 @@ def single(
         nodes.append(helper.make_node("Relu", ["r"], ["c"], name="relu"))
     if ending == "shared":
         nodes.append(helper.make_node("Neg", ["r"], ["negative"], name="other"))
-    if ending != "float":
+    if ending == "relu float":
+        nodes.append(helper.make_node("Neg", ["c"], ["y"], name="other"))
+    elif ending != "float":
         nodes.append(helper.make_node("QuantizeLinear", ["c" if ending.startswith("relu") else "r", "ys", "yz"], ["q"]))
         nodes.append(helper.make_node("DequantizeLinear", ["q", "ys", "yz"], ["y"]))
     outputs = [value("y", [None] * rank), *([value("negative", [None] * rank)] if ending == "shared" else [])]
@@ -158,6 +160,8 @@ def test_worst_sum_is_the_largest():
     data = make_dataset({"x": np.array([[4.36, 4.36, 0.0], [4.36, 4.3, 9.0]], np.float32)}, source="here")
     (found,) = count_saturation(single("MatMul", 2, weights), data)
     assert (found.pairs, found.overflowing, found.worst) == (8, 4, 2 * 127 * 255)
+    (found,) = count_saturation(single("MatMul", 2, -weights), data)
+    assert (found.pairs, found.overflowing, found.worst) == (8, 4, 2 * 127 * 255)
 
 
 def test_nothing_overflows_on_small_activations():
@@ -182,6 +186,7 @@ def test_depthwise_convolution_does_not_saturate():
         ("Conv", "shared", False),
         ("MatMul", "float", True),
         ("MatMul", "relu inside", False),
+        ("MatMul", "relu float", False),
         ("MatMul", "shared", False),
     ],
 )
@@ -251,6 +256,18 @@ def test_second_layer_sees_the_first_one_saturated():
     outputs = simulate_saturation(model, x, samples=len(x))
     np.testing.assert_allclose(outputs["y"], expected, atol=1e-4)
     np.testing.assert_allclose(outputs["early"], (X_ZERO - stored) * X_SCALE, atol=1e-6)
+
+
+def test_layers_that_share_an_activation():
+    data, weights = samples((3, 20)), full_range((20, 8))
+    model = single("MatMul", 2, weights, ending="float")
+    model.graph.node.append(helper.make_node("MatMul", ["xd", "wd"], ["again"], name="twin"))
+    model.graph.output.append(value("again", [None, None]))
+    outputs = simulate_saturation(model, data, samples=len(data))
+    np.testing.assert_array_equal(outputs["y"], outputs["again"])
+    counts = count_saturation(model, data)
+    assert [item.layer for item in counts] == ["layer", "twin"]
+    assert counts[0].overflowing == counts[1].overflowing > 0
 
 
 def test_answers_of_an_emulated_haswell():
