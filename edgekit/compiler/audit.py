@@ -64,7 +64,10 @@ CHEAP = (
 )
 REGION = 8
 """Nodes between a DQ and a Q beyond which they are a part of the network left in float32, not one operator."""
-UNSIGNED = "make the activations uint8: zero points 128 higher, the values stay the same"
+UNSIGNED = (
+    "make the activations uint8, zero points 128 higher for the same values"
+    " (the runtime does so itself where they do not branch)"
+)
 OWN_DEQUANTIZER = "give each reader its own DequantizeLinear"
 NO_PAIR = "take QuantizeLinear and DequantizeLinear out: both sides compute in float32"
 OR_FLOAT = "or leave the layer in float32"
@@ -322,7 +325,7 @@ def _type_name(kind: int | None) -> str:
 
 
 def _islands(ran: _Ran) -> list[AuditFinding]:
-    """Layers that the file quantizes and the runtime runs in float32."""
+    """Layers that the file quantizes and the runtime runs in float32; their time includes the Q and DQ around them."""
     found = []
     for node in ran.nodes:
         if not _was_quantized(ran, node):
@@ -331,15 +334,13 @@ def _islands(ran: _Ran) -> list[AuditFinding]:
         sources = [ran.graph.dequantizer(name) for name in node.input]
         readers = [user for user in ran.readers(node) if user.op_type == "QuantizeLinear"]
         around = [item for item in (*sources, *readers) if item is not None]
-        count = len({item.output[0] for item in around} - ran.claimed)
         ms = ran.claim(node, *around)
-        more = f" (with {count} conversion{'s' if count > 1 else ''})" if count else ""
         found.append(
             AuditFinding(
                 kind="float-island",
                 node=_name(node),
                 op_type=node.op_type,
-                text=f"{node.op_type} {_name(node)} was quantized and runs in float32{more}: {reason}",
+                text=f"{node.op_type} {_name(node)} was quantized and runs in float32: {reason}",
                 ms=ms,
                 repair=repair,
             )
@@ -467,8 +468,8 @@ def _check_sign(ran: _Ran, node: NodeProto) -> Reason | None:
     if len({*inputs, *results}) == 1:
         return "its activations are int8, for which this processor has no kernel", UNSIGNED
     if len(set(inputs)) > 1:
-        return "one of its inputs is uint8 and another int8 (only what does not branch became uint8)", UNSIGNED
-    return f"its input is {inputs[0]} and its result {results[0]} (only what does not branch became uint8)", UNSIGNED
+        return "one of its inputs is uint8 and another int8", UNSIGNED
+    return f"its input is {inputs[0]} and its result {results[0]}", UNSIGNED
 
 
 # --- pairs and conversions --------------------------------------------------------------------------------------------------
@@ -542,7 +543,7 @@ def _region_from(ran: _Ran, start: NodeProto) -> tuple[list[NodeProto], list[Nod
 
 CURES = {
     "Cast": "store the model in the type that the runtime computes in",
-    "Transpose": "int8 convolutions want channels last: avoid operators between them that do not, each costs two transpositions",
+    "Transpose": "int8 convolutions want channels last: others between them cost two transpositions each",
     "ReorderInput": "operators between convolutions that have no blocked kernel leave their layout: rewrite or fuse them",
     "ReorderOutput": "operators between convolutions that have no blocked kernel leave their layout: rewrite or fuse them",
 }

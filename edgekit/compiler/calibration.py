@@ -168,6 +168,13 @@ def _collect(
     return ends, _collect_histograms(probe, data, size, ends, lambda done: on_progress(0.5 + done / 2))
 
 
+def affordable_batch(proto: ModelProto, data: Dataset, *, limit: int, most: int) -> int:
+    """How many samples at a time keep all activations below ``limit`` bytes; the model's own where its batch is fixed."""
+    if fixed := fixed_batch(proto):
+        return fixed
+    return max(1, min(most, limit // _Probe(proto, _activations(proto)).bytes_per_sample(data)))
+
+
 def fixed_batch(proto: ModelProto) -> int | None:
     """The batch size that the model insists on, or None when its first axis is free."""
     initializers = {item.name for item in proto.graph.initializer}

@@ -1,8 +1,9 @@
 """The gate: which candidate wins, and why, in words. Pure: no files, no clock, no measurement.
 
-The winner is the fastest candidate that meets the budget. Differences inside the noise are ties, decided by size, then by
-accuracy, then by the plan's order. The optimized fp32 model is always among them, so "stay with fp32" is a legal answer. When
-nothing meets the budget the least bad is named, accuracy first: a wrong answer sooner is worth nothing.
+The winner is the fastest candidate that meets the budget, with a margin for the size of the sample. Differences inside the
+noise are ties, decided by size, then by accuracy, then by the plan's order. The optimized fp32 model is always among them, so
+"stay with fp32" is a legal answer. When nothing meets the budget the least bad is named, accuracy first: a wrong answer sooner
+is worth nothing.
 
     >>> budget = parse_budget("top1_drop<=0.01, latency_ms<=5")
     >>> [(term.name, term.quantity, term.limit) for term in budget.terms]
@@ -13,12 +14,15 @@ nothing meets the budget the least bad is named, accuracy first: a wrong answer 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, assert_never
+
+import msgspec
 
 from edgekit.errors import UsageError
 from edgekit.evaluation.metric import Metric, metric_names
@@ -38,6 +42,8 @@ SIZE_TIE = 0.05
 """Files that differ by less than this share of the smaller one count as equally large."""
 BYTES_PER_MB = 1e6
 ROUNDING = 1e-9
+SAFETY = 0.5
+"""Of the way from a quality to the bad end of its 95 % interval, where the budget must still be met."""
 _RAM_NOTE = "peak of a process of its own on this host, Python and runtime included"
 _TERM = re.compile(r"\s*(?P<name>[A-Za-z_][\w.:]*)\s*(?P<operator><=|>=|==|<|>|=)\s*(?P<limit>[-+]?[\w.+-]*)\s*\Z")
 
@@ -203,8 +209,18 @@ def judge(candidates: Sequence[Measured], budget: Budget, *, baseline: str, targ
     origin = next(item for item in usable if item.name == baseline)
     checks = {item.name: check_budget(item, budget, target=target) for item in usable}
     meeting = [item for item in usable if all(check.is_met for check in checks[item.name])]
-    chosen = pick_fastest(meeting) if meeting else min(usable, key=lambda item: _badness(item, checks[item.name]))
+    safe = [item for item in meeting if is_safe(item, budget)]
+    chosen = pick_fastest(safe or meeting) if meeting else min(usable, key=lambda item: _badness(item, checks[item.name]))
     verdicts = {item.name: _verdict(item, chosen, origin, checks.get(item.name, ()), meeting) for item in candidates}
+    for item in meeting:
+        if item not in safe and item is not chosen and item.evaluation is not None:
+            text = f"meets the budget only just: {item.evaluation.samples} samples leave it in doubt; more of them would decide"
+            note = (
+                ""
+                if is_tie(item, chosen)
+                else f"; takes {ratio_of(item)[0] / ratio_of(chosen)[0]:.2f}x the time of {chosen.name}"
+            )
+            verdicts[item.name] = msgspec.structs.replace(verdicts[item.name], reason=text + note)
     return Judgement(
         verdicts=verdicts,
         chosen=chosen.name,
@@ -222,9 +238,24 @@ def check_budget(item: Measured, budget: Budget, *, target: str = "") -> tuple[B
 
 
 def is_quality_met(item: Measured, budget: Budget) -> bool:
-    """Whether the terms about quality are met; latency, size and memory are not looked at."""
+    """Whether the terms about quality are met with a margin; latency, size and memory are not looked at."""
     quality = [term for term in budget.terms if term.quantity in ("drop", "value")]
-    return all(_check(item, term, "").is_met for term in quality)
+    return all(_check(item, term, "").is_met for term in quality) and is_safe(item, budget)
+
+
+def is_safe(item: Measured, budget: Budget) -> bool:
+    """Whether the quality would still meet the budget half-way to the bad end of its 95 % interval (about one standard error).
+
+    The fastest of many candidates that just meet a limit on some samples misses it on others: its luck is what chose it.
+    """
+    report = item.evaluation
+    if report is None or report.drop_high is None:
+        return True
+    margin = max(0.0, report.drop_high - report.drop) * SAFETY
+    sign = 1.0 if report.is_higher_better else -1.0
+    worse = msgspec.structs.replace(report, value=report.value - sign * margin, drop=report.drop + margin)
+    quality = [term for term in budget.terms if term.quantity in ("drop", "value")]
+    return all(_check(dataclasses.replace(item, evaluation=worse), term, "").is_met for term in quality)
 
 
 def _check(item: Measured, term: Term, target: str) -> BudgetCheck:

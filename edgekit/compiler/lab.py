@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.compiler.calibration import METHODS, Method, Statistics, collect_ranges, collect_statistics, fixed_batch
+from edgekit.compiler.calibration import (
+    METHODS,
+    Method,
+    Statistics,
+    affordable_batch,
+    collect_ranges,
+    collect_statistics,
+    fixed_batch,
+)
 from edgekit.compiler.costs import Costs, measure_costs
 from edgekit.compiler.findings import LadderStep, LayerSensitivity, TensorRange
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, write_qdq
 from edgekit.compiler.refine import Overrides, Setting, apply, correct_biases, fit_scales, round_with_feedback
-from edgekit.compiler.simulate import Simulator, decibels
+from edgekit.compiler.simulate import BATCH_SIZE, Simulator, decibels
 from edgekit.compiler.solve import Choice, Wiring, choose, wire
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Tell = Callable[[str, float], None]
+BATCH_BYTES = 64 * 2**20
+"""All activations of one batch of a simulation."""
 POOL = 64
 """Calibration samples out of which the worst-degraded are ranked on."""
 RANKED = 32
@@ -78,10 +88,11 @@ class Lab:
         self.statistics: dict[str, Statistics] = self._collect()
         self.originals = {item.name: np.asarray(numpy_helper.to_array(item)) for item in self.proto.graph.initializer}
         self.quantized = write_qdq(self.proto, self.plan({}, ()))
+        self._batch = affordable_batch(self.proto, self.calibration, limit=BATCH_BYTES, most=BATCH_SIZE)
         self.graph = QdqGraph(self.quantized)
         if not self.ranked:
             self.ranked = self._pick_samples()
-        self.simulator = Simulator(self.proto, self.quantized, self.calibration.select(self.ranked))
+        self.simulator = Simulator(self.proto, self.quantized, self.calibration.select(self.ranked), batch_size=self._batch)
         self._judge: Simulator | None = None
         self.units = self.simulator.units
         self.wiring: Wiring = wire(self.proto, self.units)
@@ -103,7 +114,7 @@ class Lab:
                 rest = np.asarray(self.ranked)
             count = max(fixed_batch(self.proto) or 1, min(len(rest), JUDGED, 2 * len(self.ranked)))
             chosen = rest[spread_indices(len(rest), count)]
-            self._judge = Simulator(self.proto, self.quantized, self.calibration.select(chosen))
+            self._judge = Simulator(self.proto, self.quantized, self.calibration.select(chosen), batch_size=self._batch)
         return self._judge
 
     # --- plans ------------------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ class Lab:
         size = fixed_batch(self.proto) or 1
         pool = spread_indices(count, min(count, max(size, POOL)))
         probe = self.calibration.select(pool[: max(size, min(len(pool), 4))])
-        simulator = Simulator(self.proto, self.quantized, probe)
+        simulator = Simulator(self.proto, self.quantized, probe, batch_size=self._batch)
         started = time.perf_counter()
         simulator.outputs(simulator.all_switches)
         per_sample = (time.perf_counter() - started) / len(probe)
@@ -143,7 +154,7 @@ class Lab:
         ranked = min(RANKED, len(pool), max(size, 4, affordable))
         if affordable < len(pool) // 4 or ranked >= len(pool):  # ranking the pool would cost more than it brings
             return tuple(int(index) for index in pool[spread_indices(len(pool), ranked)])
-        whole = Simulator(self.proto, self.quantized, self.calibration.select(pool))
+        whole = Simulator(self.proto, self.quantized, self.calibration.select(pool), batch_size=self._batch)
         order = np.argsort(-_degradation(whole.reference, whole.outputs(whole.all_switches)), kind="stable")
         return tuple(sorted(int(index) for index in pool[order[:ranked]]))
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 BATCH_SIZE = 16
-BATCH_BYTES = 128 * 2**20
 SWITCH = "edgekit.on."
 NO_NOISE = 1e-20
 
@@ -60,18 +59,17 @@ class Simulator:
         proto: the float32 model.
         quantized: the same model with everything in int8, from ``write_qdq``.
         data: samples to answer.
-        threads: of the session.
+        batch_size: samples at a time; the model's own number where its batch is fixed.
     """
 
-    def __init__(self, proto: ModelProto, quantized: ModelProto, data: Dataset, *, threads: int = 1) -> None:
+    def __init__(self, proto: ModelProto, quantized: ModelProto, data: Dataset, *, batch_size: int = BATCH_SIZE) -> None:
         switched, self.units, self._switches = add_switches(proto, quantized)
         self._switched = switched
-        self._threads = threads
         self.tensors = tuple(name for name in self._switches if not name.startswith("weight:"))
-        self._session = _open(switched, threads)
+        self._session = _open(switched)
         self._names = [item.name for item in self._session.get_outputs()]
         self._is_fixed = fixed_batch(proto) is not None
-        self._size = fixed_batch(proto) or min(BATCH_SIZE, max(1, len(data)))
+        self._size = fixed_batch(proto) or min(batch_size, max(1, len(data)))
         self.data = data
         self.runs = 0
         self.reference = self.outputs(())
@@ -86,7 +84,7 @@ class Simulator:
 
     def probe(self, tensors: Iterable[str]) -> Probe:
         """A session of the same simulation that gives inner tensors; what a Relu swallowed is ``tensor/unclipped``."""
-        return Probe(self, self._switched, tuple(tensors), self._threads)
+        return Probe(self, self._switched, tuple(tensors))
 
     def feeds(self, switches: Collection[str], overrides: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The switches and overrides as inputs."""
@@ -125,7 +123,7 @@ class Simulator:
 class Probe:
     """Inner tensors of a simulation."""
 
-    def __init__(self, simulator: Simulator, switched: ModelProto, tensors: tuple[str, ...], threads: int) -> None:
+    def __init__(self, simulator: Simulator, switched: ModelProto, tensors: tuple[str, ...]) -> None:
         import onnx
 
         model = onnx.ModelProto()
@@ -135,7 +133,7 @@ class Probe:
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.tensors)
         self._simulator = simulator
-        self._session = _open(model, threads)
+        self._session = _open(model)
 
     def run(
         self,
@@ -159,11 +157,12 @@ def _power(values: Array) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
-def _open(proto: ModelProto, threads: int) -> Any:
+def _open(proto: ModelProto) -> Any:
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # a batch of all activations would stay allocated for each session
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(encode(proto), options, providers=["CPUExecutionProvider"])
 

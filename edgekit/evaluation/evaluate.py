@@ -13,13 +13,15 @@ import numpy as np
 
 from edgekit.dataset.data import Array, Dataset
 from edgekit.errors import ArtifactError, DataError, UsageError
-from edgekit.evaluation.metric import Evidence, Metric, class_labels, recall_by_class, resolve_metric
+from edgekit.evaluation.metric import SQNR_CAP_DB, Evidence, Metric, class_labels, recall_by_class, resolve_metric, sqnr_db
 from edgekit.runtime.session import Session
 from edgekit.schema.measurement import EvalReport
 
 RESAMPLES = 2000
 INTERVAL = (0.025, 0.975)
 BATCH_SIZE = 64
+BATCH_BYTES = 4 * 2**20
+"""Inputs of one batch: every session keeps the memory of its largest batch."""
 _CHUNK_VALUES = 1 << 21
 _MAX_DISTINCT = 256
 _PREDICTING = "running the model"
@@ -39,7 +41,7 @@ def predict(
 ) -> dict[str, Array]:
     """Every output for every sample, [N, ...], in order.
 
-    A model with a fixed batch gets exactly that: the last batch is filled with its last sample, whose extra answers are
+    Batches are of ``batch_size`` samples, fewer where samples are large. A model with a fixed batch gets exactly that: the last batch is filled with its last sample, whose extra answers are
     thrown away. Inputs are matched by name; a single input by its place, where a conversion renamed it.
 
     Raises:
@@ -50,7 +52,9 @@ def predict(
     fixed = next((spec.shape[0] for spec in session.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
     parts: dict[str, list[Array]] = {}
     done = 0
-    for feeds, _labels in data.batches(fixed or batch_size):
+    per_sample = sum(array.nbytes for array in data.inputs.values()) // max(1, len(data))
+    affordable = max(1, min(batch_size, BATCH_BYTES // max(1, per_sample)))
+    for feeds, _labels in data.batches(fixed or affordable):
         count = len(next(iter(feeds.values())))
         ready = {names[name]: array if fixed is None else _fill(array, fixed) for name, array in feeds.items()}
         for name, array in session.run(ready).items():
@@ -119,6 +123,8 @@ def evaluate(
     value, baseline = _finish(metric, score), _finish(metric, base)
     sign = 1.0 if metric.is_higher_better else -1.0
     low, high = _drop_interval(score, base, metric, seed)
+    if metric.name == "sqnr_db":
+        low, high = _sqnr_interval(own, baseline, seed)
     return EvalReport(
         metric=metric.name,
         value=value,
@@ -180,6 +186,21 @@ def _drop_interval(
     values = metric.finish(means)
     drops = values[:, 1] - values[:, 0] if metric.is_higher_better else values[:, 0] - values[:, 1]
     low, high = np.quantile(drops, INTERVAL)
+    return float(low), float(high)
+
+
+def _sqnr_interval(evidence: Evidence, baseline: float, seed: int) -> tuple[float, float] | tuple[None, None]:
+    """Of the drop in dB: powers of signal and noise are sums over samples, which can be drawn again."""
+    pairs = list(zip(evidence.baseline.values(), evidence.outputs.values(), strict=True))
+    reference, output = min(pairs, key=lambda pair: sqnr_db(*pair))
+    count = len(reference)
+    rows = reference.reshape(count, -1).astype(np.float64)
+    noise = np.square(rows - output.reshape(count, -1)).sum(axis=1)
+    if count < 2 or not noise.any():
+        return None, None
+    means = resample_means(np.stack([np.square(rows).sum(axis=1), noise], axis=1), seed=seed)
+    values = 10 * np.log10(np.maximum(means[:, 0], 1e-30) / np.maximum(means[:, 1], 1e-30))
+    low, high = np.quantile(baseline - np.minimum(values, SQNR_CAP_DB), INTERVAL)
     return float(low), float(high)
 
 
