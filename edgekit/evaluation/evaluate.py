@@ -41,8 +41,9 @@ def predict(
 ) -> dict[str, Array]:
     """Every output for every sample, [N, ...], in order.
 
-    Batches are of ``batch_size`` samples, fewer where samples are large. A model with a fixed batch gets exactly that: the last batch is filled with its last sample, whose extra answers are
-    thrown away. Inputs are matched by name; a single input by its place, where a conversion renamed it.
+    Batches are of ``batch_size`` samples, fewer where samples are large. A model with a fixed batch gets exactly that: the
+    last batch is filled with its last sample, whose extra answers are thrown away. Inputs are matched by name; a single input
+    by its place, where a conversion renamed it.
 
     Raises:
         DataError: ``data.missing_input`` when the names do not match.
