@@ -40,7 +40,7 @@ MEANINGS = {
 @app.command()
 def inspect(
     model: Path = typer.Argument(help="An .onnx file."),
-    data: str | None = typer.Option(None, "--data", "-d", help="Data for the request.  [default: random values]"),
+    data: str | None = typer.Option(None, "--data", "-d", show_default="random values", help="Data for the request."),
     threads: int = typer.Option(1, "--threads", min=1, help="Intra-op threads."),
     has_nodes: bool = typer.Option(False, "--nodes", help="List every node that ran."),
     is_strict: bool = typer.Option(False, "--strict", help="Exit 1 when anything is found."),
@@ -182,8 +182,9 @@ def _print_findings(audit: RuntimeAudit) -> None:
     for (kind, cure), findings in groups.items():
         times = [finding.ms for finding in findings if finding.ms is not None]
         cost = f": {sum(times):.3f} ms, {_share(sum(times), audit.total_ms or 0.0)}" if times else ""
-        number = f" x {len(findings)}" if len(findings) > 1 else ""
-        out(f"{paint(kind + number, 'yellow', 'bold')}  {MEANINGS[kind]}{cost}")
+        label = f"{kind} x {len(findings)}" if len(findings) > 1 else kind
+        head = _fill(f"{label}  {MEANINGS[kind]}{cost}", indent="  ", first="")
+        out(head.replace(label, paint(label, "yellow", "bold"), 1))
         ordered = sorted(findings, key=lambda finding: -(finding.ms or 0.0))
         for finding in ordered[:MOST]:
             each = f"  {finding.ms:6.3f} ms  " if finding.ms is not None else "  - "

@@ -46,7 +46,9 @@ KNOWN_DOMAINS = STANDARD_DOMAINS | {"com.microsoft", "ai.onnx.ml", "ai.onnx.prev
 HOST_DOMAIN = "com.microsoft.nchwc"
 """Blocked layouts of one machine: they belong into no file."""
 SHARE = 0.03
-"""Conversions of one kind are a finding from this share of the time on."""
+"""Conversions of one kind are a finding from this share of the time on, without what the profiler itself adds to each node."""
+PROFILER_MS = 0.005
+"""At most so much of a node's time is the profiler's (1 to 2 microseconds on a PC); the fastest node tells how much it is."""
 WITHOUT_KERNEL = frozenset({"ConvTranspose", "LSTM", "GRU", "RNN"})
 LAYERS = frozenset({*COMPUTING, *WITHOUT_KERNEL, "FusedConv", "FusedMatMul", "FusedGemm"})
 ARITHMETIC = frozenset({"Add", "Mul", "Sigmoid", "LeakyRelu", "Concat", "AveragePool", "GlobalAveragePool", "Softmax", "Where"})
@@ -541,7 +543,9 @@ def _region_from(ran: _Ran, start: NodeProto) -> tuple[list[NodeProto], list[Nod
     return ordered, list(edges.values())
 
 
+DYNAMIC = "this is the price of dynamic quantization: static quantization needs data, but looks for no ranges at every run"
 CURES = {
+    "DynamicQuantizeLinear": DYNAMIC,
     "Cast": "store the model in the type that the runtime computes in",
     "Transpose": "int8 convolutions want channels last: others between them cost two transpositions each",
     "ReorderInput": "operators between convolutions that have no blocked kernel leave their layout: rewrite or fuse them",
@@ -558,19 +562,21 @@ def _conversions(ran: _Ran, total: float | None) -> Iterator[AuditFinding]:
     for node in ran.nodes:
         if ran.kernel(node) == "conversion" and not ran.is_claimed(node):
             kinds.setdefault(node.op_type, []).append(node)
+    overhead = min([PROFILER_MS, *ran.ms.values()])
+    spent = sum(ms - overhead for ms in ran.ms.values())
     found = []
     for kind, nodes in kinds.items():
         ms = sum(ran.ms.get(node.output[0], 0.0) for node in nodes) if total is not None else None
-        share = ms / total if ms is not None and total else 0.0
+        share = (ms - overhead * len(nodes)) / spent if ms is not None and spent else 0.0
         inner = [node for node in nodes if kind != "Transpose" and _is_between(ran, node)]
         halves = [node for node in nodes if kind == "Cast" and _is_inserted(ran, node)]
         if share > SHARE or inner or halves:
-            found.append(_conversion(ran, kind, nodes, ms=ms, share=share, halves=len(halves), between=len(inner)))
+            found.append(_conversion(ran, kind, nodes, ms=ms, total=total, halves=len(halves), between=len(inner)))
     yield from sorted(found, key=lambda item: -(item.ms or 0.0))
 
 
 def _conversion(
-    ran: _Ran, kind: str, nodes: list[NodeProto], *, ms: float | None, share: float, halves: int, between: int
+    ran: _Ran, kind: str, nodes: list[NodeProto], *, ms: float | None, total: float | None, halves: int, between: int
 ) -> AuditFinding:
     graph = ran.graph.proto.graph
     inputs = {item.name for item in graph.input}
@@ -579,17 +585,24 @@ def _conversion(
     counts = {"at the model's edges": len(edge), "of constants": len(fixed), "between integer kernels": between}
     places = [place if count == len(nodes) else f"{count} {place}" for place, count in counts.items() if count]
     where = f" ({', '.join(places)})" if places else ""
-    took = f" take{'s' if len(nodes) == 1 else ''} {share:.1%} of the time" if ms is not None else ""
+    took = f" take{'s' if len(nodes) == 1 else ''} {ms / total:.1%} of the time" if ms is not None and total else ""
     text = f"{len(nodes)} {kind}{where}{took}"
     cure = CURES.get(kind, BETWEEN)
     if halves:
         text = f"the file is float16 and this processor computes it in float32: {text}"
         cure = "use the float32 model on this processor, or keep inputs and outputs in float32 if the edges are all"
+    elif kind == "Cast" and all(_maker_type(ran, node) in ("ConvInteger", "MatMulInteger") for node in nodes):
+        cure = DYNAMIC
     elif kind in ("QuantizeLinear", "DequantizeLinear"):
         cure = OF_CONSTANTS if len(fixed) * 2 > len(nodes) else AT_EDGE if len(edge) == len(nodes) else BETWEEN
     return AuditFinding(
         kind="conversion", node=_name(nodes[0]) if len(nodes) == 1 else "", op_type=kind, text=text, ms=ms, repair=cure
     )
+
+
+def _maker_type(ran: _Ran, node: NodeProto) -> str:
+    maker = ran.graph.makers.get(node.input[0])
+    return maker.op_type if maker is not None else ""
 
 
 def _is_between(ran: _Ran, node: NodeProto) -> bool:
@@ -753,7 +766,7 @@ def _remove_pairs(proto: ModelProto, loose: set[str]) -> int:
         if not ends or node.output[0] in graph.outputs or any(end.op_type != "DequantizeLinear" for end in ends):
             continue
         gone.add(node.output[0])
-        sources |= {end.output[0]: sources.get(node.input[0], node.input[0]) for end in ends}
+        sources |= {end.output[0]: node.input[0] for end in ends}
     nodes: list[Any] = []
     for node in proto.graph.node:
         node.input[:] = [sources.get(name, name) for name in node.input]

@@ -6,9 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
+from edgekit.cli import inspect as inspect_command
 from edgekit.cli.main import main
+from tests.compiler import small_graphs
 
 SAMPLE = Path(__file__).parents[2] / "sample_models/fashion-mnist"
 
@@ -40,6 +45,87 @@ def test_inspect_refuses_what_it_cannot_read(capsys, tmp_path):
     broken.write_bytes(b"no model")
     assert main(["inspect", str(broken)]) != 0
     assert "not an ONNX model" in capsys.readouterr().err
+
+
+def with_loose_pairs(folder: Path, pairs: int) -> Path:
+    """Tanh after Tanh, with Q and DQ between them."""
+    nodes, source = [], "x"
+    for index in range(pairs):
+        nodes.append(helper.make_node("Tanh", [source], [f"t{index}"], name=f"tanh{index}"))
+        nodes.append(helper.make_node("QuantizeLinear", [f"t{index}", "s", "z"], [f"q{index}"], name=f"Q{index}"))
+        source = f"d{index}"
+        nodes.append(helper.make_node("DequantizeLinear", [f"q{index}", "s", "z"], [source], name=f"DQ{index}"))
+    nodes.append(helper.make_node("Tanh", [source], ["y"], name="last"))
+    weights = [numpy_helper.from_array(np.float32(0.01), "s"), numpy_helper.from_array(np.uint8(128), "z")]
+    inputs, outputs = [small_graphs.value("x", ["batch", 4])], [small_graphs.value("y", ["batch", 4])]
+    return small_graphs.save(small_graphs.build(nodes, inputs, outputs, weights), folder / "pairs.onnx")
+
+
+def test_inspect_sums_what_runs(capsys):
+    assert main(["inspect", str(SAMPLE / "model.onnx"), "--data", str(SAMPLE / "calibration.npz"), "--threads", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("Conv ", "ReorderOutput ", "Gemm ", "all "))]
+    assert [row[1] for row in rows if row[0] == "ReorderOutput"] == ["conversion"]
+    assert [row[2] for row in rows if row[0] == "Conv"] == ["9"]
+    assert any(line.startswith("time by precision: fp32 ") for line in lines)
+
+
+def test_inspect_strict_counts_findings(capsys, tmp_path):
+    path = with_loose_pairs(tmp_path, 2)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "unfused-pair x 2  converted and converted back: " in shown
+    assert "Q1 quantizes and DQ1 takes it back, float32 on both sides" in shown
+    assert shown.count("repair: take QuantizeLinear and DequantizeLinear out") == 1
+    assert main(["inspect", str(path), "--strict"]) == 1
+    assert "--strict: 2 findings" in capsys.readouterr().err
+    assert main(["inspect", str(path), "--strict", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["findings"]) == 2
+
+
+def test_inspect_shortens_what_has_one_repair(capsys, tmp_path):
+    path = with_loose_pairs(tmp_path, inspect_command.MOST + 3)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("takes it back") == inspect_command.MOST
+    assert "and 3 more; --json has all" in shown
+
+
+def test_inspect_lists_nodes(capsys, tmp_path):
+    path = with_loose_pairs(tmp_path, 1)
+    assert main(["inspect", str(path), "--nodes"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[1:] for row in rows if row[-1:] == ["DQ0"]] == [["conversion", "DequantizeLinear", "DQ0"]]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_inspect_stays_within_the_terminal(columns, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["inspect", str(with_loose_pairs(tmp_path, 2)), "--nodes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= columns
+    assert not [line for line in lines if line.endswith((" 2", " 3"))]
+
+
+def test_inspect_of_a_model_that_the_runtime_refuses(capsys, tmp_path):
+    proto = small_graphs.weightless()
+    proto.graph.node[0].domain = "com.example"
+    proto.opset_import.append(helper.make_opsetid("com.example", 1))
+    path = tmp_path / "foreign.onnx"
+    onnx.save(proto, path)
+    assert main(["inspect", str(path)]) == 3
+    shown = capsys.readouterr()
+    assert "com.example.Softmax: not an operator of ONNX or ONNX Runtime" in shown.out
+    assert "ONNX Runtime refuses this model" in shown.err
+    assert main(["inspect", str(path), "--strict"]) == 1
+
+
+def test_inspect_knows_no_litert(capsys, tmp_path):
+    (tmp_path / "model.tflite").write_bytes(b"TFL3")
+    assert main(["inspect", str(tmp_path / "model.tflite")]) == 2
+    assert "only ONNX models can be inspected" in capsys.readouterr().err
 
 
 def test_explain_shows_every_step(capsys, finished):

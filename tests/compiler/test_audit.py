@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.compiler import audit as audit_module
 from edgekit.compiler.audit import NO_PAIR, UNSIGNED, audit_runtime, repair
 from edgekit.compiler.calibration import collect_ranges
 from edgekit.compiler.graph import open_plain, run_once
@@ -331,6 +332,19 @@ def test_weights_keep_their_zero_point_when_activations_share_it(feeds, tmp_path
     np.testing.assert_array_equal(run_once(repaired, feeds)[0], run_once(proto, feeds)[0])
 
 
+@ON_X86
+def test_weights_that_the_file_quantizes_itself_stay_int8(feeds, tmp_path):
+    nodes = [q("x", "xq"), dq("xq", "xd"), *conv("first", "xd", "a"), q("a", "aq"), dq("aq", "ad")]
+    nodes += [helper.make_node("Mul", ["ad", "ad"], ["c"], name="square"), q("c", "cq"), dq("cq", "y")]
+    nodes.insert(0, helper.make_node("QuantizeLinear", ["w", "ws", "wz"], ["wq"], name="Q_w"))
+    weights = [item for item in parameters(np.int8) if item.name != "wq"]
+    weights.append(constant(np.random.default_rng(0).normal(0, 0.3, (8, 8, 3, 3)).astype(np.float32), "w"))
+    proto = make(nodes, weights, ["y"])
+    repaired, notes = repair(proto, audit_runtime(save(proto, tmp_path), feeds, is_timed=False))
+    assert notes == ("activations int8 -> uint8: 3",)
+    assert QdqGraph(repaired).makers["wq"].input[2] == "wz"
+
+
 def test_file_with_external_data_is_audited(feeds, tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(static(tmp_path, "uint8"), path, save_as_external_data=True, location="weights", size_threshold=0)
@@ -381,12 +395,54 @@ def test_change_of_scale_between_integer_kernels_is_found(feeds, tmp_path):
     assert [(finding.kind, finding.node) for finding in audit.findings] == [("unfused-pair", "Q_bq")]
 
 
-def test_weights_that_are_converted_at_every_run_are_found(feeds, tmp_path):
-    proto = make(conv("only", "x", "y"), parameters()[3:], ["y"])
-    found = audit_runtime(save(proto, tmp_path), feeds).findings
+def test_weights_that_are_converted_at_every_run_are_found(tmp_path):
+    weights = parameters()[4:]
+    weights.append(constant(np.random.default_rng(3).integers(-100, 100, (4096, 8, 3, 3)).astype(np.int8), "wq"))
+    nodes = [*conv("only", "x", "c"), helper.make_node("GlobalAveragePool", ["c"], ["y"], name="pool")]
+    found = audit_runtime(save(make(nodes, weights, ["y"], shape=[1, 8, 3, 3]), tmp_path), None).findings
     assert [(finding.kind, finding.node) for finding in found] == [("conversion", "only_w")]
     assert "of constants" in found[0].text
     assert "store these weights in float32" in found[0].repair
+
+
+def test_conversions_that_cost_no_more_than_being_profiled_are_none():
+    """Both nodes take the same time, that of writing it down."""
+    proto = make([*conv("only", "x", "y")], parameters()[3:], ["y"])
+    graph = QdqGraph(proto)
+    ran = audit_module._Ran(
+        graph=graph,
+        file=graph,
+        types=audit_module._types_of(proto),
+        ms={node.output[0]: 0.002 for node in proto.graph.node},
+        is_timed=True,
+        asked=frozenset(),
+        transposes=frozenset(),
+    )
+    assert list(audit_module._conversions(ran, 0.004)) == []
+    ran.ms["only_w"] = 0.004
+    assert [finding.node for finding in audit_module._conversions(ran, 0.006)] == ["only_w"]
+
+
+def test_price_of_dynamic_quantization_is_named():
+    nodes = [helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"], name="ranges")]
+    nodes.append(helper.make_node("ConvInteger", ["xq", "wq", "xz"], ["a"], name="conv"))
+    nodes.append(helper.make_node("Cast", ["a"], ["y"], to=FLOAT, name="back"))
+    proto = make(nodes, parameters()[3:], ["y"])
+    graph = QdqGraph(proto)
+    ran = audit_module._Ran(
+        graph=graph,
+        file=graph,
+        types=audit_module._types_of(proto),
+        ms={"xq": 0.1, "a": 0.3, "y": 0.1},
+        is_timed=True,
+        asked=frozenset(),
+        transposes=frozenset(),
+    )
+    found = list(audit_module._conversions(ran, 0.5))
+    assert {(finding.node, finding.repair) for finding in found} == {
+        ("ranges", audit_module.DYNAMIC),
+        ("back", audit_module.DYNAMIC),
+    }
 
 
 @ON_X86
