@@ -24,7 +24,7 @@ def layers(result: OptimizeResult) -> Markup | None:
         return None
     head: list[Cell] = [
         ("layer", None), ("SQNR when only it is int8", "number"), ("", None), ("weights", "number"), ("activations", "number"),
-        ("fp32 ms", "number"), ("int8 ms", "number"), ("chosen", None),
+        ("fp32 ms", "number"), ("int8 ms", "number"), ("in the mix", None),
     ]  # fmt: skip
     words = "Low means that int8 there costs accuracy. Times are of the layer inside the model on this host, conversions apart."
     return join(_folded(head, [_layer(item) for item in found], "Sensitivity and time by layer"), _quiet(words))
