@@ -46,6 +46,9 @@ def optimize(
     time_limit: float | None = typer.Option(
         None, "--time-limit", min=1.0, metavar="SECONDS", help="For the whole run: the best so far wins."
     ),
+    is_strict: bool = typer.Option(
+        False, "--strict", help="Exit 1 too when the runtime does not run the chosen file as it was meant (edgekit inspect)."
+    ),
     is_json: bool = typer.Option(False, "--json", help="Print the chosen candidate's record (or the plan) as JSON."),
     is_dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan of candidates and stop."),
     is_quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress on stderr."),
@@ -78,10 +81,10 @@ def optimize(
     if is_dry_run:
         _print_plan(request, is_json=is_json, is_quiet=is_quiet)
         return 0
-    return _run(request, is_json=is_json, is_quiet=is_quiet)
+    return _run(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
 
 
-def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> int:
+def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool, is_strict: bool) -> int:
     from edgekit.compiler.output import WORK, default_out
     from edgekit.compiler.pipeline import optimize as run
 
@@ -101,7 +104,16 @@ def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> int:
         out_json(result.chosen)
     else:
         _print_result(result, folder)
-    return 0 if result.is_budget_met else 1
+    unmeant = _find_unmeant(result) if is_strict else []
+    for text in unmeant:
+        note(f"--strict: {text}", "red")
+    return 0 if result.is_budget_met and not unmeant else 1
+
+
+def _find_unmeant(result: OptimizeResult) -> list[str]:
+    """What the runtime does with the chosen file that was not meant; conversions that merely cost time are not among it."""
+    audit = result.findings.audits.get(result.chosen.name)
+    return [finding.text for finding in audit.findings if finding.kind != "conversion"] if audit else []
 
 
 def _stem_of(result: OptimizeResult) -> str:

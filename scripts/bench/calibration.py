@@ -3,6 +3,8 @@
 python scripts/bench/calibration.py [--model MODEL.onnx --data SAMPLES.npz] [--samples 100 500 2000]
 """
 
+# ruff: noqa: PLC0415  the measuring process alone loads the compiler
+
 from __future__ import annotations
 
 import argparse

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -161,3 +162,20 @@ def test_explain_names_the_candidates_it_has(capsys, finished):
 def test_explain_wants_an_output_folder(capsys, tmp_path):
     assert main(["explain", str(tmp_path)]) != 0
     assert os.fspath(tmp_path) in capsys.readouterr().err
+
+
+def test_strict_optimize_fails_on_what_was_not_meant(finished):
+    from edgekit.cli.optimize import _find_unmeant
+    from edgekit.compiler.findings import AuditFinding, Findings, RuntimeAudit
+    from edgekit.compiler.result import OptimizeResult
+    from edgekit.schema.base import decode_json
+
+    result = decode_json((finished / "report.json").read_bytes(), OptimizeResult, name="report.json")
+    assert result.chosen.name in result.findings.audits
+    found = (
+        AuditFinding(kind="float-island", node="a", op_type="Conv", text="a runs in float32"),
+        AuditFinding(kind="conversion", node="", op_type="Cast", text="casts cost"),
+    )
+    audit = RuntimeAudit(model="model.onnx", kernels=(), findings=found)
+    changed = msgspec.structs.replace(result, findings=Findings(audits={result.chosen.name: audit}))
+    assert _find_unmeant(changed) == ["a runs in float32"]

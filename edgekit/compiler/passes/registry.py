@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, assert_never
 
 from edgekit.compiler.passes.base import Effort, Pass
@@ -63,13 +63,15 @@ def quantize(**settings: Scalar) -> PassSpec:
     return PassSpec(name="quantize-static", where="on_onnx.quantize_static:QuantizeStatic", settings=settings)
 
 
+HALVE = PassSpec(name="halve-weights", where="on_onnx.weights_only:HalveWeights")
+WEIGHTS = PassSpec(name="quantize-weights", where="on_onnx.weights_only:QuantizeWeights")
 PLANNED = PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned")
 
 
 def all_passes() -> tuple[PassSpec, ...]:
     """Every pass there is, by name."""
     static = PassSpec(name="quantize-static", where="on_onnx.quantize_static:QuantizeStatic")
-    onnx = (IMPORT_ONNX, EXPORT_ONNX, OPTIMIZE, static, PLANNED, DYNAMIC)
+    onnx = (IMPORT_ONNX, EXPORT_ONNX, OPTIMIZE, static, PLANNED, DYNAMIC, HALVE, WEIGHTS)
     return (*onnx, PRUNE, NEURAL_COMPRESSOR, TO_LITERT, LITERT_INT8)
 
 
@@ -127,6 +129,11 @@ def _onnx_recipes(target: TargetProfile, effort: Effort) -> tuple[Recipe, ...]:
         add("int8-edges-mse", "both of the above", is_per_channel=is_per_channel, kept="edges", method="mse")
         other = not target.int8.reduce_range
         name = "int8-7bit" if other else "int8-8bit"
+        recipes.append(Recipe(name="fp16-weights", purpose="half the size, computed in fp32", passes=(OPTIMIZE, HALVE)))
+        for bits in (8, 4):
+            small = replace(WEIGHTS, settings={"bits": bits})
+            purpose = f"{bits}-bit weights of matrix products, computed in fp32"
+            recipes.append(Recipe(name=f"int{bits}-weights", purpose=purpose, passes=(OPTIMIZE, small)))
         add(name, "the other range of weights", is_per_channel=is_per_channel, reduce_range=other)
     return tuple(recipes)
 

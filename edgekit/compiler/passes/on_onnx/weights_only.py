@@ -1,0 +1,135 @@
+"""Passes that make the file smaller and leave the arithmetic in float32: a size lever where int8 costs too much accuracy.
+
+``HalveWeights`` stores weights as float16 behind a Cast, which the runtime folds when it loads the model: float32 speed at half
+the size. ``QuantizeWeights`` stores the weights of matrix products in blocks of 4 or 8 bits (MatMulNBits of ONNX Runtime).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgekit.compiler.export import quiet
+from edgekit.compiler.graph import facts_of, read_onnx, seal
+from edgekit.compiler.passes.base import PassContext, WorkModel
+from edgekit.compiler.passes.on_onnx.quantize_static import find_quantization_obstacle
+from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.compiler.qdq import silenced_root
+from edgekit.errors import ArtifactError
+from edgekit.runtime.ort import load_onnxruntime
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+SMALLEST = 256
+"""Weights with fewer elements stay as they are: a Cast node takes as much room."""
+HALF_MAX = 65504.0
+
+
+class HalveWeights:
+    """fp32 weights stored as fp16, computed in fp32."""
+
+    name = "halve-weights"
+
+    def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
+        """Why this pass cannot run on this model, or None when it can."""
+        if model.format != "onnx":
+            return "needs an ONNX model"
+        facts = facts_of(read_onnx(model.path))
+        return "the model is quantized already" if facts.is_quantized else None
+
+    def run(self, model: WorkModel, context: PassContext) -> WorkModel:
+        """Write ``halve-weights.onnx``.
+
+        Raises:
+            ArtifactError: ``quantization.nothing_quantized`` when no weight is large enough and within the range of float16.
+        """
+        started = time.monotonic()
+        proto = read_onnx(model.path)
+        count = _halve(proto)
+        if not count:
+            raise ArtifactError("quantization.nothing_quantized", "no weight is large enough and fits float16.")
+        return write_step(
+            seal(proto),
+            model,
+            context,
+            name=self.name,
+            precision="fp16-weights",
+            settings={"smallest": SMALLEST},
+            started=started,
+            packages=("onnx",),
+            notes=(f"{count} weights stored as float16",),
+        )
+
+
+def _halve(proto: ModelProto) -> int:
+    """Store large weights as float16 behind a Cast, in place; how many."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims, dtype=np.int64)) < SMALLEST:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if not np.abs(values).max(initial=0.0) <= HALF_MAX:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], name=f"{name}_cast", to=TensorProto.FLOAT))
+    for index, node in enumerate(casts):
+        proto.graph.node.insert(index, node)
+    return len(casts)
+
+
+class QuantizeWeights:
+    """Weights of matrix products in blocks of few bits, activations in float32.
+
+    Args:
+        bits: 4 or 8.
+        block: weights that share a scale.
+    """
+
+    name = "quantize-weights"
+
+    def __init__(self, *, bits: Literal[4, 8], block: int = 32) -> None:
+        self.bits = bits
+        self.block = block
+
+    def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
+        """Why this pass cannot run on this model, or None when it can."""
+        if obstacle := find_quantization_obstacle(model):
+            return obstacle
+        operators = facts_of(read_onnx(model.path)).operators
+        return None if operators.get("MatMul") else "no matrix products (MatMul)"
+
+    def run(self, model: WorkModel, context: PassContext) -> WorkModel:
+        """Write ``quantize-weights.onnx``.
+
+        Raises:
+            ArtifactError: ``quantization.nothing_quantized`` when no MatMul has constant weights.
+        """
+        started = time.monotonic()
+        load_onnxruntime()
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+        config = DefaultWeightOnlyQuantConfig(block_size=self.block, is_symmetric=True, bits=self.bits)
+        with quiet("onnxruntime.quantization", "root"), silenced_root():
+            quantizer = MatMulNBitsQuantizer(read_onnx(model.path), algo_config=config)
+            quantizer.process()
+        proto: ModelProto = quantizer.model.model
+        count = facts_of(proto).operators.get("MatMulNBits", 0)
+        if not count:
+            raise ArtifactError("quantization.nothing_quantized", "no MatMul has constant weights.")
+        return write_step(
+            seal(proto),
+            model,
+            context,
+            name=self.name,
+            precision=f"int{self.bits}-weights",
+            settings={"bits": self.bits, "block": self.block},
+            started=started,
+            packages=("onnx", "onnxruntime"),
+            notes=(f"{count} matrix products with {self.bits}-bit weights",),
+        )
