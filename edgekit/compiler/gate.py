@@ -340,12 +340,31 @@ def is_tie(left: Measured, right: Measured) -> bool:
 
 
 def pick_fastest(candidates: Sequence[Measured]) -> Measured:
-    """The fastest; among those that tie with it the smallest; among equally large ones the most accurate."""
+    """The fastest; among those that tie with it the smallest; among equally large ones the most accurate.
+
+    Where accuracy differs by less than its interval, the answers nearest to float32 decide (SQNR): a lucky sample does not.
+    """
     fastest = min(candidates, key=lambda item: ratio_of(item)[0])
     tied = [item for item in candidates if is_tie(fastest, item)]
     smallest = min(item.size_bytes for item in tied)
     small = [item for item in tied if item.size_bytes <= smallest * (1 + SIZE_TIE)]
-    return min(small, key=_drop)
+    best = min(small, key=_drop)
+    near = [item for item in small if item is best or _is_as_accurate(item, best)]
+    return max(near, key=_fidelity) if all(math.isfinite(_fidelity(item)) for item in near) else best
+
+
+def _is_as_accurate(item: Measured, best: Measured) -> bool:
+    """Whether an item's interval of the drop reaches the best one's."""
+    low = item.evaluation.drop_low if item.evaluation else None
+    return low is not None and low <= _drop(best)
+
+
+def _fidelity(item: Measured) -> float:
+    """SQNR to the float32 model in dB; infinite where it is not known."""
+    report = item.evaluation
+    if report is None:
+        return math.inf
+    return report.value if report.metric == "sqnr_db" else report.extra.get("sqnr_db", math.inf)
 
 
 def _drop(item: Measured) -> float:
@@ -447,6 +466,9 @@ def _why_not(item: Measured, chosen: Measured, origin: Measured) -> str:
         if item.size_bytes > chosen.size_bytes * (1 + SIZE_TIE):
             share = item.size_bytes / chosen.size_bytes - 1
             return _join([f"meets the budget; ties with {chosen.name} in latency, but is {share * 100:.0f} % larger", *note])
+        if _drop(item) < _drop(chosen) and _fidelity(item) < _fidelity(chosen):
+            text = f"meets the budget; ties with {chosen.name} in latency, size and accuracy, and answers less like fp32"
+            return _join([text, *note])
         if _drop(item) < _drop(chosen):
             return _join(["meets the budget; more accurate, but not as fast as the fastest candidate", *note])
         return _join([f"meets the budget; ties with {chosen.name} in latency and size, and is not more accurate", *note])

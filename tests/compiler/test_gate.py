@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -273,3 +274,33 @@ def test_reasons_have_no_format_leftovers():
     result = judge([FP32, candidate("int8", 0.5, drop=0.002)], BUDGET, baseline="fp32", target="host")
     for verdict in result.verdicts.values():
         assert not re.search(r"[{}]|None|nan", verdict.reason)
+
+
+def sampled(name: str, ratio: float, drop: float, *, low: float, high: float, sqnr: float) -> Measured:
+    report = msgspec.structs.replace(quality(drop, high), drop_low=low, extra={"sqnr_db": sqnr})
+    return Measured(name=name, size_bytes=1_000_000, evaluation=report, latency=latency(ratio, ratio))
+
+
+def test_candidate_that_only_just_meets_the_budget_is_not_chosen():
+    lucky = sampled("lucky", 0.5, 0.009, low=0.001, high=0.017, sqnr=20.0)
+    sure = sampled("sure", 0.6, 0.004, low=0.002, high=0.006, sqnr=30.0)
+    judgement = judge([FP32, lucky, sure], BUDGET, baseline="fp32")
+    assert judgement.chosen == "sure"
+    assert judgement.verdicts["lucky"].status == "passed"
+    assert "only just: 1000 samples leave it in doubt" in judgement.verdicts["lucky"].reason
+    assert judge([FP32, lucky], parse_budget("top1_drop<=0.01, latency_ms<=0.7"), baseline="fp32").chosen == "lucky"
+
+
+def test_tie_is_decided_by_fidelity_where_accuracy_is_within_its_interval():
+    lucky = sampled("lucky", 0.5, -0.002, low=-0.004, high=0.001, sqnr=20.0)
+    faithful = sampled("faithful", 0.5, 0.0, low=-0.003, high=0.003, sqnr=35.0)
+    judgement = judge([FP32, lucky, faithful], BUDGET, baseline="fp32")
+    assert judgement.chosen == "faithful"
+    assert "answers less like fp32" in judgement.verdicts["lucky"].reason
+    worse = sampled("worse", 0.5, 0.005, low=0.002, high=0.007, sqnr=60.0)
+    assert judge([FP32, lucky, worse], BUDGET, baseline="fp32").chosen == "lucky"
+
+
+def test_a_limit_is_not_missed_by_rounding():
+    exact = candidate("exact", 0.5, drop=0.93 - 0.92)
+    assert judge([FP32, exact], BUDGET, baseline="fp32").chosen == "exact"
