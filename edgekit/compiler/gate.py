@@ -42,8 +42,6 @@ SIZE_TIE = 0.05
 """Files that differ by less than this share of the smaller one count as equally large."""
 BYTES_PER_MB = 1e6
 ROUNDING = 1e-9
-SAFETY = 0.5
-"""Of the way from a quality to the bad end of its 95 % interval, where the budget must still be met."""
 _RAM_NOTE = "peak of a process of its own on this host, Python and runtime included"
 _TERM = re.compile(r"\s*(?P<name>[A-Za-z_][\w.:]*)\s*(?P<operator><=|>=|==|<|>|=)\s*(?P<limit>[-+]?[\w.+-]*)\s*\Z")
 
@@ -244,14 +242,14 @@ def is_quality_met(item: Measured, budget: Budget) -> bool:
 
 
 def is_safe(item: Measured, budget: Budget) -> bool:
-    """Whether the quality would still meet the budget half-way to the bad end of its 95 % interval (about one standard error).
+    """Whether the quality would still meet the budget at the bad end of its 95 % interval.
 
     The fastest of many candidates that just meet a limit on some samples misses it on others: its luck is what chose it.
     """
     report = item.evaluation
     if report is None or report.drop_high is None:
         return True
-    margin = max(0.0, report.drop_high - report.drop) * SAFETY
+    margin = max(0.0, report.drop_high - report.drop)
     sign = 1.0 if report.is_higher_better else -1.0
     worse = msgspec.structs.replace(report, value=report.value - sign * margin, drop=report.drop + margin)
     quality = [term for term in budget.terms if term.quantity in ("drop", "value")]
