@@ -46,6 +46,12 @@ def optimize(
     time_limit: float | None = typer.Option(
         None, "--time-limit", min=1.0, metavar="SECONDS", help="For the whole run: the best so far wins."
     ),
+    latency_table: Path | None = typer.Option(
+        None,
+        "--latency-table",
+        metavar="FILE",
+        help="Times of nodes measured on the target: DIR/latency-table.json of a run there.",
+    ),
     is_strict: bool = typer.Option(
         False, "--strict", help="Exit 1 too when the runtime does not run the chosen file as it was meant (edgekit inspect)."
     ),
@@ -77,6 +83,7 @@ def optimize(
         labels=_read_labels(labels),
         threads=threads,
         time_limit=time_limit,
+        latency_table=latency_table,
     )
     if is_dry_run:
         _print_plan(request, is_json=is_json, is_quiet=is_quiet)

@@ -14,7 +14,10 @@ from pathlib import Path
 from edgekit.errors import EnvironmentFault, UsageError
 
 WORK = ".work"
-OWN_NAMES = frozenset({"candidate.json", "candidates", "model.onnx", "model.tflite", "report.html", "report.json", WORK})
+LATENCY_TABLE = "latency-table.json"
+OWN_NAMES = frozenset(
+    {"candidate.json", "candidates", "model.onnx", "model.tflite", "report.html", "report.json", LATENCY_TABLE, WORK}
+)
 
 
 def default_out(stem: str, target: str) -> Path:

@@ -26,12 +26,13 @@ from edgekit import __version__
 from edgekit.benchmark.fingerprint import fingerprint
 from edgekit.benchmark.latency import measure
 from edgekit.compiler.audit import audit_runtime
+from edgekit.compiler.costs import LatencyTable
 from edgekit.compiler.findings import Findings, RuntimeAudit
 from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge
 from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.op_profile import profile_operators
-from edgekit.compiler.output import open_staging, swap_in
+from edgekit.compiler.output import LATENCY_TABLE, open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
 from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
@@ -133,7 +134,8 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         result = _assemble(prepared, candidates, budget, judgement, clock)
         audits = _audit(prepared, candidates, judgement.chosen)
         result = msgspec.structs.replace(result, findings=msgspec.structs.replace(findings, audits=audits))
-        write_output(prepared, candidates, result)
+        table = search.costs.table if search and search.costs else None
+        write_output(prepared, candidates, result, table)
     finally:
         for item in candidates:
             if item.session is not None:
@@ -294,9 +296,12 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         context=replace(prepared.context, on_progress=lambda text, done: reporter.tell("search", text, done)),
         feeds=feeds,
         threads=prepared.threads,
-        host=prepared.target_digest,
+        host=fingerprint(candidates[0].session.runtime, candidates[0].session.runtime_version).cpu
+        if candidates[0].session
+        else "",
         attempt=attempt,
         deadline=clock.deadline(SEARCH_SHARE),
+        table=prepared.latency_table,
         is_dynamic_worth=any(
             item.name == DYNAMIC and item.evaluation is not None and not is_quality_met(_measured(item), budget)
             for item in candidates
@@ -550,7 +555,7 @@ def _audit(prepared: Prepared, candidates: list[Made], chosen: str) -> dict[str,
         return {}
 
 
-def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeResult) -> None:
+def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeResult, table: LatencyTable | None = None) -> None:
     """Write everything beside the output folder, then swap it in."""
     from edgekit.compiler.report import write_report
 
@@ -563,4 +568,6 @@ def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeRes
             write_durably(folder / record.artifact.path, model.path.read_bytes())
         write_durably(folder / "candidate.json", encode_json(record))
     write_report(staging, result)
+    if table is not None:
+        write_durably(staging / LATENCY_TABLE, encode_json(table))
     swap_in(staging, prepared.out)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekit.compiler.cache import StepCache
+from edgekit.compiler.costs import LatencyTable
 from edgekit.compiler.gate import Budget, parse_budget
 from edgekit.compiler.output import check_out, default_out, open_work
 from edgekit.compiler.passes.base import Effort, Pass, PassContext, WorkModel
@@ -20,11 +21,12 @@ from edgekit.compiler.source import Source, load_source
 from edgekit.dataset.contract import infer_contract
 from edgekit.dataset.data import Dataset
 from edgekit.dataset.load import load_dataset
-from edgekit.errors import EdgekitError, TargetError
+from edgekit.errors import ArtifactError, EdgekitError, TargetError, UsageError
 from edgekit.evaluation.metric import Metric, resolve_metric
 from edgekit.runtime.ort import load_onnxruntime
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import Session, SessionOptions
+from edgekit.schema.base import decode_json
 from edgekit.schema.contract import Contract
 from edgekit.schema.digest import digest_bytes
 from edgekit.schema.target import TargetProfile
@@ -64,6 +66,8 @@ class OptimizeRequest:
     threads: int | None = None
     time_limit: float | None = None
     """Seconds for the whole run; what is not begun by then is left out, and the best so far wins."""
+    latency_table: Path | None = None
+    """Times of nodes that were measured on the target, in place of this host's, for the choice of what runs in int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,7 @@ class Prepared:
     threads: int
     isa: tuple[str, ...]
     warnings: tuple[str, ...]
+    latency_table: LatencyTable | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +156,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
     reporter.tell("prepare", "loading the target and the model")
     load_onnxruntime()  # before torch's exporter imports it: its telemetry is switched off at the first import or never
     target = load_target(request.target)
+    table = _read_table(request.latency_table)
     budget = parse_budget(request.budget, metric=request.metric) if request.budget is not None else None
     source = load_source(
         request.model, weights=request.weights, input_shapes=request.input_shapes, data=request.data, seed=request.seed
@@ -187,7 +193,26 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
         threads=request.threads or target.threads,
         isa=host_isa(),
         warnings=_warnings(request, target, source, calibration, evaluation),
+        latency_table=table,
     )
+
+
+def _read_table(path: Path | None) -> LatencyTable | None:
+    """The table that the user gave.
+
+    Raises:
+        UsageError: ``latency_table.unreadable``.
+    """
+    if path is None:
+        return None
+    try:
+        return decode_json(path.read_bytes(), LatencyTable, name=str(path))
+    except (OSError, ArtifactError) as error:
+        raise UsageError(
+            "latency_table.unreadable",
+            f"{path}: no latency table: {error}",
+            hint="Give the latency-table.json that edgekit optimize wrote on the target.",
+        ) from error
 
 
 @contextlib.contextmanager

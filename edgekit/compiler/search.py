@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from edgekit.benchmark.latency import compare, measure
 from edgekit.compiler.calibration import fixed_batch, whole_batches
-from edgekit.compiler.costs import Costs
+from edgekit.compiler.costs import Costs, LatencyTable, costs_from_table
 from edgekit.compiler.findings import Findings, LadderStep, LayerSaturation
 from edgekit.compiler.graph import encode, open_plain, read_onnx
 from edgekit.compiler.lab import STEPS, Climb, Lab
@@ -130,6 +130,7 @@ class Search:
     host: str
     attempt: Try
     deadline: float = float("inf")
+    table: LatencyTable | None = None
     is_dynamic_worth: bool = False
     """Whether dynamic int8 was made, and misses the quality of the budget."""
     trials: list[Trial] = field(default_factory=list)
@@ -166,14 +167,15 @@ class Search:
         )
         if not lab.units or self._is_late():
             return
-        costs = self.costs = lab.measure_costs(self.feeds)
+        costs = self.costs = self._find_costs(lab)
         if SWEEP_SECONDS[effort] and not lab.sweep(min(self.deadline, time.monotonic() + 3 * SWEEP_SECONDS[effort])):
             self.notes.append("the sensitivity of some layers was estimated: the time was not enough to measure all")
         fastest = lab.choose(costs)
         if not fastest.int8:
             self.notes.append("no layer is faster in int8 on this host, conversions included")
             return
-        fastest = self._polish(lab, costs, fastest)
+        if self.table is None or costs.table is not self.table:  # this host's clock says nothing about another one's table
+            fastest = self._polish(lab, costs, fastest)
         if self._is_late():
             return
         self.climbed = lab.climb(fastest.int8, LADDER[effort], self.deadline)
@@ -181,6 +183,16 @@ class Search:
         if self._try("int8-mixed", "int8 where it pays in milliseconds, refined", fastest) or not TRIALS[effort]:
             return
         self._guard(lab, costs, fastest)
+
+    def _find_costs(self, lab: Lab) -> Costs:
+        """From the table that was given where it has every node of this model, else measured here."""
+        if self.table is not None:
+            found = costs_from_table(self.table, lab.proto, lab.units, self.feeds)
+            if found is not None:
+                self.notes.append(f"what runs in int8 was chosen by the latency table of {self.table.host}")
+                return found
+            self.notes.append("the latency table lacks nodes of this model: times of this host were used")
+        return lab.measure_costs(self.feeds)
 
     def _count_saturation(self, lab: Lab, choice: Choice) -> None:
         """Count what would overflow without a dot-product instruction; on targets without one, narrow those layers' weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -21,6 +22,8 @@ from edgekit.compiler.refine import apply, fit_scales
 from edgekit.compiler.simulate import decibels
 from edgekit.compiler.solve import choose, wire
 from edgekit.dataset.data import Dataset, make_dataset
+from edgekit.errors import UsageError
+from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.target import Int8Rules
 
 SIZE = 12
@@ -318,3 +321,20 @@ def test_time_limit_returns_the_baseline_at_least(files):
     reasons = {item.verdict.reason for item in result.candidates if item.verdict.status == "failed"}
     assert reasons == {"not made: the time limit of 0.001 s came first"}
     assert (files / "hurried" / "model.onnx").is_file()
+
+
+def test_latency_table_of_another_machine_decides(files):
+    optimize(request(files, "measured"))
+    path = files / "measured" / "latency-table.json"
+    table = decode_json(path.read_bytes(), LatencyTable, name="table")
+    slow = {key: value * (100 if key.endswith("int8") else 1) + 0.01 for key, value in table.entries.items()}
+    other = files / "other.json"
+    other.write_bytes(encode_json(msgspec.structs.replace(table, entries=slow, host="slow in int8")))
+    result = optimize(request(files, "there", latency_table=other))
+    assert "int8-mixed" not in {item.name for item in result.candidates}
+    assert "what runs in int8 was chosen by the latency table of slow in int8" in result.findings.notes
+
+
+def test_wrong_latency_table_is_refused(files):
+    with pytest.raises(UsageError, match="no latency table"):
+        optimize(request(files, "wrong", latency_table=files / "data.npz"))
