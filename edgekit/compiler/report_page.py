@@ -14,7 +14,7 @@ from edgekit.compiler.markup import Child, Markup, element, join
 from edgekit.compiler.report_classes import class_table, classes
 from edgekit.compiler.report_details import data_sets, lineage, machine, notes, operators
 from edgekit.compiler.report_figures import icon, is_on_target, latency, look, trade_off
-from edgekit.compiler.report_search import audits, ladder, layers, ranges, saturation
+from edgekit.compiler.report_findings import audits, costs, ladder, ranges, remarks, saturation, sensitivity
 from edgekit.compiler.report_table import budget_table, candidate_table
 from edgekit.compiler.report_words import (
     change,
@@ -68,11 +68,13 @@ def _sections(result: OptimizeResult) -> list[Markup]:
         section("candidates", "Candidates", candidate_table(result)),
         section("classes", "By class", classes(result), class_table(result)),
         section("operators", "Where the time goes", operators(result)),
-        section("layers", "Where int8 hurts, and what it saves", layers(result)),
-        section("ladder", "The ladder", ladder(result)),
-        section("ranges", "Ranges of activations", ranges(result)),
-        section("saturation", "On x86 without dot-product instructions", saturation(result)),
+        section("sensitivity", "Where int8 hurts", sensitivity(result)),
+        section("layer-costs", "What each layer costs", costs(result)),
+        section("ranges", "Ranges", ranges(result)),
+        section("saturation", "Saturation on x86 without dot-product instructions", saturation(result)),
         section("audit", "What the runtime really runs", audits(result)),
+        section("ladder", "The ladder", ladder(result)),
+        section("search-remarks", "What the search left out", remarks(result)),
         section("lineage", f"How {result.chosen.name} was made", lineage(result)),
         section("data", "Data", data_sets(result)),
         section("machine", "Machine", machine(result)),
