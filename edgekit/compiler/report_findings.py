@@ -17,6 +17,7 @@ from edgekit.compiler.report_findings_plots import (
     Length,
     Range,
     hurt_bars,
+    hurt_ends,
     lengths,
     mark,
     range_bars,
@@ -92,11 +93,14 @@ def sensitivity(result: OptimizeResult) -> Markup | None:
             " A cross is the other way round: everything but this layer in int8, so far right means that this one is to blame."
         )
     if len(found) > len(rows):
-        caption += f" Drawn are the {len(rows)} most sensitive; an arrow means that a mark lies beyond the plot."
+        caption += f" Drawn are the {len(rows)} most sensitive."
+    low, high = hurt_ends(rows)
+    if any(not low <= value <= high for row in rows for value in row.marks):
+        caption += " An arrow: the mark lies beyond the plot; the table has it."
     label = f"Sensitivity of the {len(rows)} most sensitive of {len(found)} layers; the table below has all."
 
     def draw(_name: str, width: int) -> Markup:
-        return hurt_bars(rows, title="output SQNR, dB (short hurts)", format_tick=tick, width=width, label=label)
+        return hurt_bars(rows, title="output SQNR, dB (short hurts)", format_tick=_tick, width=width, label=label)
 
     picture = figure(draw, caption, _hurt_legend(rows, name)) if rows else None
     return join(picture, _fold(f"As a table: {_count(found, 'layer')}", _layer_table(found, name)))
@@ -165,7 +169,7 @@ def costs(result: OptimizeResult) -> Markup | None:
     )
 
     def draw(_name: str, width: int) -> Markup:
-        return waterfall(rows, title="sum over the layers, ms", format_tick=tick, width=width, label=label)
+        return waterfall(rows, title="sum over the layers, ms", format_tick=_tick, width=width, label=label)
 
     legend = [_sample("fall total", "total"), _sample("fall saves", f"saves time ({MINUS})")]
     legend += [_sample("fall costs", "costs time (+)")] if any(row.kind == "costs" for row in rows) else []
@@ -214,6 +218,8 @@ def _cost_caption(result: OptimizeResult, timed: Sequence[LayerSensitivity], bef
     spent_on = [kernel.ms for kernel in audit.kernels if kernel.precision == "conversion" and kernel.ms] if audit else []
     apart = f": {milliseconds(sum(spent_on))} in {name}" if spent_on else ""
     parts.append(f"Conversions between int8 and float32 are not in these bars{apart}.")
+    if any(not item.float_ms or not item.int8_ms for item in timed):
+        parts.append("0: the runtime fuses the layer into another.")
     missing = len(result.findings.layers) - len(timed)
     if missing:
         parts.append(f"{missing} layers were not timed.")
@@ -314,7 +320,7 @@ def saturation(result: OptimizeResult) -> Markup | None:
     label = f"Share of overflowing sums in the {len(rows)} worst of {len(bad)} layers; the table below has all."
 
     def draw(_name: str, width: int) -> Markup:
-        return lengths(rows, title="sums that overflow, %", format_tick=tick, width=width, label=label)
+        return lengths(rows, title="sums that overflow, %", format_tick=_tick, width=width, label=label)
 
     entries = [_sample("plain none", "not cured")] if cured < len(bad) else []
     entries += [_sample("plain cured", "cured")] if cured else []
@@ -420,7 +426,7 @@ def _mix(name: str, kernels: Sequence[Kernel], total: float | None) -> Markup:
     label = f"{name} by precision: {'; '.join(row.title for row in rows)}."
 
     def draw(_name: str, width: int) -> Markup:
-        return lengths(rows, title=unit, format_tick=tick, width=width, label=label)
+        return lengths(rows, title=unit, format_tick=_tick, width=width, label=label)
 
     return figure(draw, "By precision, conversions apart; the operators follow.")
 
@@ -519,8 +525,13 @@ def _interval(low: float, high: float) -> str:
     return f"{significant(low)} \u2026 {significant(high)}"
 
 
+def _tick(value: float, step: float) -> str:
+    """Zero is short, since it stands at the edge."""
+    return tick(value, step) if value else "0"
+
+
 def _percent_tick(value: float, step: float) -> str:
-    return tick(100 * value, 100 * step)
+    return _tick(100 * value, 100 * step)
 
 
 def _count(items: Sequence[object], noun: str) -> str:

@@ -42,6 +42,11 @@ class Hurt(Row):
     activations: float | None = None
     others: float | None = None
 
+    @property
+    def marks(self) -> tuple[float, ...]:
+        """Those that were measured."""
+        return tuple(value for value in (self.weights, self.activations, self.others) if value is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fall(Row):
@@ -70,10 +75,7 @@ class Length(Row):
 def hurt_bars(rows: Sequence[Hurt], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """A bar to the SQNR of the layer alone, and a mark for each of its parts; the axis follows the bars, not the marks."""
     frame = _frame_of(rows, width)
-    values = [row.value for row in rows]
-    marks = [value for row in rows for value in (row.weights, row.activations, row.others) if value is not None]
-    longest = max([*values, 1.0])
-    scale = _scale(frame, min([0.0, *values]), max(longest, min(max(marks, default=0.0), 1.5 * longest)))
+    scale = _scale(frame, *hurt_ends(rows))
     parts = _axis(frame, scale, title, format_tick)
     parts.append(_upright(scale(0.0), frame))
     for index, row in enumerate(rows):
@@ -81,8 +83,15 @@ def hurt_bars(rows: Sequence[Hurt], *, title: str, format_tick: Format, width: i
         lanes = {"weights": (row.weights, -5.0), "activations": (row.activations, 5.0), "others": (row.others, 0.0)}
         signs = [_sign(name, value, y + shift, scale) for name, (value, shift) in lanes.items() if value is not None]
         bar = _bar((0.0, row.value), y, 5, scale, "length")
-        parts += [*_texts(frame, index, row, width), _group(row, "hurt", bar, *signs)]
-    return draw(width, frame.bottom + 44, label, parts)
+        parts.append(_group(row, "hurt", bar, *signs))
+    return draw(width, frame.bottom + 44, label, [*parts, *_texts(frame, rows, width)])
+
+
+def hurt_ends(rows: Sequence[Hurt]) -> tuple[float, float]:
+    """The axis of :func:`hurt_bars`: all bars, and those marks that are not far beyond the longest bar."""
+    longest = max([1.0, *(row.value for row in rows)])
+    furthest = max((value for row in rows for value in row.marks), default=0.0)
+    return min([0.0, *(row.value for row in rows)]), max(longest, min(furthest, 1.5 * longest))
 
 
 def waterfall(rows: Sequence[Fall], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
@@ -98,8 +107,8 @@ def waterfall(rows: Sequence[Fall], *, title: str, format_tick: Format, width: i
         bar = (
             _bar((0.0, row.end), y, 8, scale, "length") if row.kind == "total" else _arrow(scale(row.start), scale(row.end), y)
         )
-        parts += [*_texts(frame, index, row, width), _group(row, "fall", bar)]
-    return draw(width, frame.bottom + 44, label, parts)
+        parts.append(_group(row, "fall", bar))
+    return draw(width, frame.bottom + 44, label, [*parts, *_texts(frame, rows, width)])
 
 
 def range_bars(rows: Sequence[Range], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
@@ -116,11 +125,8 @@ def range_bars(rows: Sequence[Range], *, title: str, format_tick: Format, width:
         zero = element("line", x1=scale(row.zero), x2=scale(row.zero), y1=y - 8, y2=y + 8, class_="zero")
         ends = f"{_tip(scale(low), y, -1) if row.low < low else ''}{_tip(scale(high), y, 1) if row.high > high else ''}"
         cut = element("path", d=ends, class_="cut") if ends else None
-        parts += [
-            *_texts(frame, index, row, width),
-            _group(row, "range", seen, chosen, zero if low <= row.zero <= high else None, cut),
-        ]
-    return draw(width, frame.bottom + 44, label, parts)
+        parts.append(_group(row, "range", seen, chosen, zero if low <= row.zero <= high else None, cut))
+    return draw(width, frame.bottom + 44, label, [*parts, *_texts(frame, rows, width)])
 
 
 def lengths(rows: Sequence[Length], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
@@ -130,8 +136,8 @@ def lengths(rows: Sequence[Length], *, title: str, format_tick: Format, width: i
     parts = [*_axis(frame, scale, title, format_tick), _upright(scale(0.0), frame)]
     for index, row in enumerate(rows):
         bar = _bar((0.0, row.value), frame.middle(index), 6, scale, "length")
-        parts += [*_texts(frame, index, row, width), _group(row, "plain", bar)]
-    return draw(width, frame.bottom + 44, label, parts)
+        parts.append(_group(row, "plain", bar))
+    return draw(width, frame.bottom + 44, label, [*parts, *_texts(frame, rows, width)])
 
 
 def mark(name: str, x: float, y: float) -> Markup:
@@ -154,8 +160,9 @@ def _note(row: Row, width: int) -> str:
     return f"{row.note}{row.extra}" if width >= WIDE_PX else row.note
 
 
-def _texts(frame: _Frame, index: int, row: Row, width: int) -> list[Markup]:
-    return frame.texts(index, row.name, _note(row, width), row.kind)
+def _texts(frame: _Frame, rows: Sequence[Row], width: int) -> list[Markup]:
+    """Names and notes, to be drawn above all else."""
+    return [part for index, row in enumerate(rows) for part in frame.texts(index, row.name, _note(row, width), row.kind)]
 
 
 def _scale(frame: _Frame, low: float, high: float) -> Scale:
@@ -169,7 +176,11 @@ def _group(row: Row, class_: str, *parts: Markup | None) -> Markup:
 
 
 def _upright(x: float, frame: _Frame) -> Markup:
-    return element("line", x1=x, x2=x, y1=TOP, y2=frame.bottom, class_="axis")
+    """The line that bars stand on; on a phone it leaves out the names, which stand above their bars."""
+    if not frame.is_narrow:
+        return element("path", d=f"M{x:.1f} {TOP}V{frame.bottom:g}", class_="axis")
+    strokes = "".join(f"M{x:.1f} {frame.middle(index) - 9:g}v18" for index in range(frame.count))
+    return element("path", d=strokes, class_="axis")
 
 
 def _bar(ends: tuple[float, float], y: float, half: float, scale: Scale, class_: str) -> Markup:
@@ -189,6 +200,7 @@ def _arrow(start: float, end: float, y: float) -> Markup:
 
 
 def _sign(name: str, value: float, y: float, scale: Scale) -> Markup:
+    """A mark in its place, or at the edge with an arrow."""
     if scale.low <= value <= scale.high:
         return mark(name, scale(value), y)
     is_right = value > scale.high
