@@ -34,7 +34,7 @@ from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import SessionOptions
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto
 
 Array = NDArray[Any]
 Precision = Literal["int8", "fp32", "fp16", "conversion", "other"]
@@ -140,17 +140,15 @@ def audit_runtime(path: Path, feeds: Mapping[str, Array] | None, *, threads: int
     proto = read_onnx(path)
     unknown = tuple(_unknown(proto))
     try:
-        ran_proto = _optimized(proto, path, threads)
+        ran_proto, times = _run(proto, path, feeds, threads) if is_timed else (_optimized(proto, path, threads), {})
     except ArtifactError:
         if unknown:
             return RuntimeAudit(model=path.name, kernels=(), findings=unknown)
+        _optimized(proto, path, threads)  # a model that cannot even be loaded is a clearer error than that it does not run
         raise
-    times: dict[str, float] = {}
-    if is_timed:
-        ran_proto, times = _run(proto, path, feeds, threads)
     file = QdqGraph(proto)
     ran = _Ran(
-        graph=_graph_of(ran_proto),
+        graph=graph_of(ran_proto),
         file=file,
         types=_types_of(ran_proto),
         ms=_by_output(ran_proto, times),
@@ -160,7 +158,7 @@ def audit_runtime(path: Path, feeds: Mapping[str, Array] | None, *, threads: int
     )
     kernels = tuple(
         Kernel(
-            node=_name(node),
+            node=name_of(node),
             op_type=node.op_type,
             domain=node.domain,
             precision=ran.kernel(node),
@@ -218,7 +216,7 @@ def _first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 
 
-def _graph_of(proto: ModelProto) -> QdqGraph:
+def graph_of(proto: ModelProto) -> QdqGraph:
     """The graph, where what the branches of If and the bodies of Loop and Scan read counts as an output: it must stay."""
     graph = QdqGraph(proto)
     inner = list(walk_graphs(proto.graph))[1:]
@@ -227,7 +225,7 @@ def _graph_of(proto: ModelProto) -> QdqGraph:
     return graph
 
 
-def _name(node: NodeProto) -> str:
+def name_of(node: NodeProto) -> str:
     """The node's name; its first output's where it has none."""
     return str(node.name or node.output[0])
 
@@ -340,9 +338,9 @@ def _islands(ran: _Ran) -> list[AuditFinding]:
         found.append(
             AuditFinding(
                 kind="float-island",
-                node=_name(node),
+                node=name_of(node),
                 op_type=node.op_type,
-                text=f"{node.op_type} {_name(node)} was quantized and runs in float32: {reason}",
+                text=f"{node.op_type} {name_of(node)} was quantized and runs in float32: {reason}",
                 ms=ms,
                 repair=repair,
             )
@@ -458,7 +456,7 @@ def _check_result(ran: _Ran, node: NodeProto) -> Reason | None:
     if len(ends) > 1:
         return f"its result is quantized {len(ends)} times, differently", "give its readers one scale and zero point"
     if others or node.output[0] in ran.graph.outputs:
-        reader = _name(others[0]) if others else "an output of the model"
+        reader = name_of(others[0]) if others else "an output of the model"
         return f"its result is also read in float32 by {reader}", f"let every reader take the quantized result, {OR_FLOAT}"
     return None
 
@@ -482,14 +480,13 @@ def _pairs(ran: _Ran) -> Iterator[AuditFinding]:
     for node in ran.nodes:
         before = ran.activation_maker(node.input[0]) if node.op_type == "QuantizeLinear" else None
         if before is not None:
-            text = f"{_name(before)} and {_name(node)} only change the scale between integer kernels"
+            text = f"{name_of(before)} and {name_of(node)} only change the scale between integer kernels"
             yield _pair(node, text, ran.claim(before, node), "give both sides one scale and zero point")
     for node in ran.nodes:
         ends = ran.readers(node) if node.op_type == "QuantizeLinear" and not ran.is_claimed(node) else []
         if ends and all(_is_loose_end(ran, end) for end in ends) and node.output[0] not in ran.graph.outputs:
-            text = (
-                f"{_name(node)} quantizes and {_name(ends[0]).removesuffix('/duplicated')} takes it back, float32 on both sides"
-            )
+            back = name_of(ends[0]).removesuffix("/duplicated")
+            text = f"{name_of(node)} quantizes and {back} takes it back, float32 on both sides"
             yield _pair(node, text, ran.claim(node, *ends), NO_PAIR)
     for node in ran.nodes:
         if node.op_type != "DequantizeLinear" or ran.is_claimed(node) or ran.is_constant(node.input[0]):
@@ -499,7 +496,7 @@ def _pairs(ran: _Ran) -> Iterator[AuditFinding]:
             if not region or any(ran.is_claimed(item) for item in region):
                 continue
             kinds = ", ".join(dict.fromkeys(item.op_type for item in region))
-            text = f"{kinds} behind {_name(node).removesuffix('/duplicated')}: integers become float32 and integers again"
+            text = f"{kinds} behind {name_of(node).removesuffix('/duplicated')}: integers become float32 and integers again"
             repair = (
                 "an activation with an integer kernel (Relu, Clip, LeakyRelu, Sigmoid), or the layers around in float32 too"
             )
@@ -507,7 +504,7 @@ def _pairs(ran: _Ran) -> Iterator[AuditFinding]:
 
 
 def _pair(node: NodeProto, text: str, ms: float | None, repair: str) -> AuditFinding:
-    return AuditFinding(kind="unfused-pair", node=_name(node), op_type=node.op_type, text=text, ms=ms, repair=repair)
+    return AuditFinding(kind="unfused-pair", node=name_of(node), op_type=node.op_type, text=text, ms=ms, repair=repair)
 
 
 def _is_loose_end(ran: _Ran, node: NodeProto) -> bool:
@@ -596,7 +593,7 @@ def _conversion(
     elif kind in ("QuantizeLinear", "DequantizeLinear"):
         cure = OF_CONSTANTS if len(fixed) * 2 > len(nodes) else AT_EDGE if len(edge) == len(nodes) else BETWEEN
     return AuditFinding(
-        kind="conversion", node=_name(nodes[0]) if len(nodes) == 1 else "", op_type=kind, text=text, ms=ms, repair=cure
+        kind="conversion", node=name_of(nodes[0]) if len(nodes) == 1 else "", op_type=kind, text=text, ms=ms, repair=cure
     )
 
 
@@ -630,156 +627,10 @@ def _unknown(proto: ModelProto) -> Iterator[AuditFinding]:
         times = f", used {count} times" if count > 1 else ""
         text = f"{domain}.{kind}{times}: not an operator of ONNX or ONNX Runtime"
         repair = "the device needs the library that it comes from; edgekit's agent loads none"
-        yield AuditFinding(kind="unknown-operator", node=_name(node), op_type=kind, text=text, repair=repair)
+        yield AuditFinding(kind="unknown-operator", node=name_of(node), op_type=kind, text=text, repair=repair)
     blocked = [node for node in nodes if node.domain == HOST_DOMAIN]
     if blocked:
         text = f"{len(blocked)} nodes of {HOST_DOMAIN}: the file was optimized for the processor of one machine"
         repair = "store the model before the runtime's own optimization, or after its basic level"
         first = blocked[0]
-        yield AuditFinding(kind="unknown-operator", node=_name(first), op_type=first.op_type, text=text, repair=repair)
-
-
-# --- repairs ----------------------------------------------------------------------------------------------------------------
-
-
-def repair(proto: ModelProto, audit: RuntimeAudit) -> tuple[ModelProto, tuple[str, ...]]:
-    """Repair in the file what its audit found and what can be repaired without new data: a copy, and what was done.
-
-    The outputs stay within one quantization step. Whether the result is faster is for the caller to measure; it may be audited
-    and repaired again, since pairs are looked at only once the types are right.
-
-    Args:
-        proto: the model in QDQ form that was audited.
-        audit: of that model.
-    """
-    import onnx
-
-    result = onnx.ModelProto()
-    result.CopyFrom(proto)
-    islands = {finding.node for finding in audit.findings if finding.kind == "float-island"}
-    repairs = {finding.repair for finding in audit.findings}
-    unsigned = _make_unsigned(result) if UNSIGNED in repairs else 0
-    split = _split_dequantizers(result, islands)
-    loose = {finding.node for finding in audit.findings if finding.repair == NO_PAIR}
-    removed = 0 if unsigned else _remove_pairs(result, loose)
-    notes = {
-        f"activations int8 -> uint8: {unsigned}": unsigned,
-        f"DequantizeLinear for a reader of its own: {split}": split,
-        f"pairs between two float32 sides removed: {removed}": removed,
-    }
-    return result, tuple(text for text, count in notes.items() if count)
-
-
-SHIFT = 128
-
-
-def _make_unsigned(proto: ModelProto) -> int:
-    """Turn int8 activations into uint8 with zero points 128 higher; the number of QuantizeLinear nodes that changed."""
-    from onnx import TensorProto, numpy_helper
-
-    graph = _graph_of(proto)
-    constants = _constants_of(proto)
-    shifted: dict[str, str] = {}
-    changed = set()
-    for node in proto.graph.node:
-        nodes = [node, *graph.uses.get(node.output[0], [])]
-        if node.op_type != "QuantizeLinear" or not _is_int8_activation(graph, constants, nodes):
-            continue
-        for item in nodes:
-            old = item.input[2]
-            if old not in shifted:
-                shifted[old] = _free_name(graph, f"{old}_u8")
-                values = (numpy_helper.to_array(constants[old]).astype(np.int16) + SHIFT).astype(np.uint8)
-                proto.graph.initializer.append(numpy_helper.from_array(values, shifted[old]))
-            item.input[2] = shifted[old]
-        for attribute in node.attribute:
-            if attribute.name == "output_dtype":
-                attribute.i = TensorProto.UINT8
-        changed.add(node.output[0])
-    for value in proto.graph.value_info:
-        if value.name in changed:
-            value.type.tensor_type.elem_type = TensorProto.UINT8
-    return len(changed)
-
-
-def _constants_of(proto: ModelProto) -> dict[str, TensorProto]:
-    """Initializers, and tensors of Constant nodes."""
-    constants = {item.name: item for item in proto.graph.initializer}
-    makers = [node for node in proto.graph.node if node.op_type == "Constant"]
-    return constants | {node.output[0]: item.t for node in makers for item in node.attribute if item.name == "value"}
-
-
-def _is_int8_activation(graph: QdqGraph, constants: Mapping[str, TensorProto], nodes: list[NodeProto]) -> bool:
-    """Whether a QuantizeLinear and its readers are an activation in int8 that nothing but DequantizeLinear reads."""
-    from onnx import TensorProto
-
-    first, *readers = nodes
-    places = [constants.get(node.input[2]) if len(node.input) > 2 else None for node in nodes]
-    return (
-        bool(readers)
-        and first.input[0] not in constants
-        and first.output[0] not in graph.outputs
-        and all(node.op_type == "DequantizeLinear" for node in readers)
-        and all(place is not None and place.data_type == TensorProto.INT8 for place in places)
-    )
-
-
-def _free_name(graph: QdqGraph, wanted: str) -> str:
-    name = wanted
-    while name in graph.initializers or name in graph.makers or name in graph.uses:
-        name += "_"
-    return name
-
-
-def _split_dequantizers(proto: ModelProto, islands: set[str]) -> int:
-    """Give each reader of an activation its own DequantizeLinear where one of the readers stayed float; the number added."""
-    graph = _graph_of(proto)
-    nodes: list[Any] = []
-    added = 0
-    for node in proto.graph.node:
-        nodes.append(node)
-        if node.op_type != "DequantizeLinear" or node.input[0] in graph.initializers:
-            continue
-        readers = list({_name(user): user for user in graph.uses.get(node.output[0], [])}.values())
-        if len(readers) < 2 or not islands & {_name(user) for user in readers}:
-            continue
-        for number, reader in enumerate(readers[1:], 1):
-            twin = type(node)()
-            twin.CopyFrom(node)
-            twin.name = f"{_name(node)}_{number}"
-            twin.output[0] = _free_name(graph, f"{node.output[0]}_{number}")
-            graph.makers[twin.output[0]] = twin
-            reader.input[:] = [twin.output[0] if name == node.output[0] else name for name in reader.input]
-            nodes.append(twin)
-            added += 1
-    _put_nodes(proto, nodes)
-    return added
-
-
-def _remove_pairs(proto: ModelProto, loose: set[str]) -> int:
-    """Take out the named QuantizeLinear nodes with the DequantizeLinear nodes behind them; the number removed."""
-    graph = _graph_of(proto)
-    gone: set[str] = set()
-    sources: dict[str, str] = {}
-    for node in proto.graph.node:
-        ends = graph.uses.get(node.output[0], []) if node.op_type == "QuantizeLinear" and _name(node) in loose else []
-        if not ends or node.output[0] in graph.outputs or any(end.op_type != "DequantizeLinear" for end in ends):
-            continue
-        gone.add(node.output[0])
-        sources |= {end.output[0]: node.input[0] for end in ends}
-    nodes: list[Any] = []
-    for node in proto.graph.node:
-        node.input[:] = [sources.get(name, name) for name in node.input]
-        if node.output[0] in sources and node.output[0] in graph.outputs:
-            twin = type(node)(op_type="Identity", name=_name(node), input=[sources[node.output[0]]], output=[node.output[0]])
-            nodes.append(twin)
-        elif node.output[0] not in gone and node.output[0] not in sources:
-            nodes.append(node)
-    _put_nodes(proto, nodes)
-    return len(gone)
-
-
-def _put_nodes(proto: ModelProto, nodes: list[Any]) -> None:
-    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del proto.graph.node[:]
-    proto.graph.node.extend(kept)
+        yield AuditFinding(kind="unknown-operator", node=name_of(first), op_type=first.op_type, text=text, repair=repair)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgekit.compiler.graph import encode, open_plain
 from edgekit.dataset.data import Dataset
 from edgekit.errors import ArtifactError, DataError
+from edgekit.runtime.parallel import in_order
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,7 +39,7 @@ SHRINKS = np.linspace(0.4, 1.0, 61)
 BATCH_SIZE = 16
 BATCH_BYTES = 192 * 2**20
 """Activations of one batch stay below this."""
-COUNTED = 65_536
+COUNTED = 16_384
 """Values per tensor and sample that go into its histogram; larger tensors are taken at regular places. Ends are exact."""
 STEPS = 255
 
@@ -228,7 +229,7 @@ class _Probe:
         self.is_fixed = fixed_batch(proto) is not None
         self.names = names
         self._outputs = [name for name in names if name not in inputs]
-        self._session = open_plain(encode(probed))
+        self._session = open_plain(encode(probed), level="all")  # the outputs stay what they are; blocked layouts are faster
 
     def bytes_per_sample(self, data: Dataset) -> int:
         """Bytes of all activations of one sample."""
@@ -236,14 +237,24 @@ class _Probe:
         return max(1, sum(int(values.nbytes) for values in self._session.run(self._outputs, feeds)))
 
     def run(self, feeds: dict[str, Array], *, counted: int | None = None) -> Iterator[tuple[str, Array]]:
-        """Finite values of every activation by name; at most about ``counted`` of each sample."""
+        """Values of every activation by name; at most about ``counted`` of each sample."""
         values = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         samples = len(next(iter(feeds.values())))
         for name in self.names:
             array = values.get(name, feeds.get(name))
             assert array is not None
             flat = _thinned(array, samples, counted) if counted else array.reshape(-1)
-            yield name, flat if np.isfinite(flat).all() else flat[np.isfinite(flat)]
+            yield name, flat
+
+
+def _finite_ends(values: Array) -> tuple[float, float] | None:
+    """The least and the largest finite value; None where there is none."""
+    if not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())
+    if np.isfinite(low) and np.isfinite(high):
+        return low, high
+    return _finite_ends(values[np.isfinite(values)])
 
 
 def _thinned(array: Array, samples: int, counted: int) -> Array:
@@ -260,11 +271,14 @@ def _thinned(array: Array, samples: int, counted: int) -> Array:
 def _collect_ends(probe: _Probe, data: Dataset, size: int, on_progress: Callable[[float], None]) -> Ranges:
     low = dict.fromkeys(probe.names, 0.0)
     high = dict.fromkeys(probe.names, 0.0)
-    for done, feeds in whole_batches(data, size, is_fixed=probe.is_fixed):
-        for name, values in probe.run(feeds):
-            if values.size:
-                low[name] = min(low[name], float(values.min()))
-                high[name] = max(high[name], float(values.max()))
+
+    def ends_of(batch: tuple[int, dict[str, Array]]) -> tuple[int, Ranges]:
+        done, feeds = batch
+        return done, {name: ends for name, values in probe.run(feeds) if (ends := _finite_ends(values))}
+
+    for done, found in in_order(ends_of, whole_batches(data, size, is_fixed=probe.is_fixed)):
+        for name, (bottom, top) in found.items():
+            low[name], high[name] = min(low[name], bottom), max(high[name], top)
         on_progress(done / len(data))
     return {name: (low[name], high[name]) for name in probe.names}
 
@@ -273,11 +287,18 @@ def _collect_histograms(
     probe: _Probe, data: Dataset, size: int, ends: Ranges, on_progress: Callable[[float], None]
 ) -> dict[str, NDArray[np.int64]]:
     counts = {name: np.zeros(BINS, np.int64) for name in probe.names}
-    for done, feeds in whole_batches(data, size, is_fixed=probe.is_fixed):
-        for name, values in probe.run(feeds, counted=COUNTED):
-            low, high = ends[name]
-            if values.size and high > low:
-                counts[name] += np.histogram(values, bins=BINS, range=(low, high))[0]
+
+    def counts_of(batch: tuple[int, dict[str, Array]]) -> tuple[int, dict[str, Array]]:
+        done, feeds = batch
+        return done, {
+            name: np.histogram(values, bins=BINS, range=ends[name])[0]
+            for name, values in probe.run(feeds, counted=COUNTED)
+            if ends[name][1] > ends[name][0]
+        }
+
+    for done, found in in_order(counts_of, whole_batches(data, size, is_fixed=probe.is_fixed)):
+        for name, more in found.items():
+            counts[name] += more
         on_progress(done / len(data))
     return counts
 

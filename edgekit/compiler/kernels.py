@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 WARMUP_RUNS = 5
-RUNS, MAX_RUNS, SECONDS = 30, 600, 1.0
+RUNS, MAX_RUNS, SECONDS = 30, 60, 0.5
 SUFFIX = "_kernel_time"
 
 
 def run_kernels(
-    model: ModelProto | Path, feeds: Mapping[str, Array], *, threads: int, runs: int = RUNS
+    model: ModelProto | Path, feeds: Mapping[str, Array], *, threads: int, runs: int | None = None
 ) -> tuple[ModelProto, dict[str, float]]:
     """The graph that really runs, and milliseconds per run of every node in it by name (a trimmed mean over the runs).
 
@@ -37,7 +37,7 @@ def run_kernels(
         model: an ONNX model or its file.
         feeds: one request.
         threads: of the session.
-        runs: how many runs count, after a few that do not; by default as many as fit a second, within bounds.
+        runs: how many runs count, after a few that do not; by default as many as fit half a second, within bounds.
     """
     import onnx
 

@@ -133,7 +133,7 @@ class Lab:
     def build(self, int8: Iterable[str], methods: Mapping[str, Method], overrides: Mapping[str, Array]) -> ModelProto:
         """The QDQ model with these units in int8."""
         chosen = set(int8)
-        model = write_qdq(self.proto, self.plan(methods, [name for name in self.units if name not in chosen]))
+        model = write_qdq(self.proto, self.plan(methods, sorted(name for name in self.units if name not in chosen)))
         apply(model, overrides, self.originals)
         return model
 
@@ -143,6 +143,8 @@ class Lab:
         """The worst-degraded samples of a pool for ranking, as many as the time allows."""
         count = len(self.calibration)
         size = fixed_batch(self.proto) or 1
+        if not self.sweep_seconds:
+            return tuple(int(index) for index in spread_indices(count, min(count, max(size, 4))))
         pool = spread_indices(count, min(count, max(size, POOL)))
         probe = self.calibration.select(pool[: max(size, min(len(pool), 4))])
         simulator = Simulator(self.proto, self.quantized, probe, batch_size=self._batch)
@@ -163,23 +165,22 @@ class Lab:
     def sweep(self, deadline: float) -> bool:
         """Measure the noise of each switch alone; False where the deadline came first (the rest is estimated)."""
         names = sorted(self.simulator.all_switches)
-        for index, name in enumerate(names):
-            if time.monotonic() > deadline:
-                self._estimate(names)
-                return False
-            if name not in self.sensitivity:
-                self.sensitivity[name] = self.simulator.noise({name})
-            self.tell(f"sensitivity of {len(names)} quantizers", index / len(names))
-        return True
+        waiting = (name for name in names if name not in self.sensitivity and time.monotonic() <= deadline)
+        for name, noise in self.simulator.noises(waiting):
+            self.sensitivity[name] = noise
+            self.tell(f"sensitivity of {len(names)} quantizers", len(self.sensitivity) / len(names))
+        is_whole = len(self.sensitivity) == len(names)
+        if not is_whole:
+            self._estimate(names)
+        return is_whole
 
     def sweep_refined(self, climbed: Climb, deadline: float) -> None:
         """Measure again what the ladder changed: the weights, and the activations with another calibrator."""
         overrides = self.replay(climbed.units, climbed.methods, climbed.steps)
         names = [name for name in sorted(self.simulator.all_switches) if name.startswith("weight:") or name in climbed.methods]
-        for index, name in enumerate(names):
-            if time.monotonic() > deadline:
-                return
-            self.sensitivity[name] = self.simulator.noise({name}, overrides)
+        waiting = (name for name in names if time.monotonic() <= deadline)
+        for index, (name, noise) in enumerate(self.simulator.noises(waiting, overrides)):
+            self.sensitivity[name] = noise
             self.tell("sensitivity after the ladder", index / len(names))
 
     def describe(self, int8: Iterable[str], planned: Choice) -> Choice:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,7 +32,6 @@ from edgekit.compiler.findings import Findings, RuntimeAudit
 from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge
 from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
-from edgekit.compiler.op_profile import profile_operators
 from edgekit.compiler.output import LATENCY_TABLE, open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
 from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, Recipe
@@ -41,7 +41,8 @@ from edgekit.compiler.search import Search
 from edgekit.dataset.data import Dataset
 from edgekit.durable import write_durably
 from edgekit.errors import ArtifactError, EdgekitError
-from edgekit.evaluation.evaluate import evaluate, predict
+from edgekit.evaluation.evaluate import BATCH_SIZE, evaluate, predict
+from edgekit.runtime.parallel import processors
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import Session, SessionOptions
 from edgekit.schema.artifact import ModelArtifact
@@ -52,7 +53,7 @@ from edgekit.schema.measurement import EvalReport, LatencyReport
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
-TIMING_SECONDS: dict[Effort, float] = {"fast": 0.5, "default": 1.0, "max": 4.0}
+TIMING_SECONDS: dict[Effort, float] = {"fast": 0.3, "default": 1.0, "max": 4.0}
 BYTES_PER_MB = 1e6
 DYNAMIC = "int8-dynamic"
 
@@ -60,7 +61,8 @@ DYNAMIC = "int8-dynamic"
 MAKE_SHARE, EVALUATE_SHARE, SEARCH_SHARE = 0.45, 0.6, 0.75
 """Of a time limit: what comes after these shares is no longer begun."""
 MIN_TIMING_SECONDS = 0.1
-MIN_RUNS, FEWEST_RUNS = 50, 10
+MIN_RUNS: dict[Effort, int] = {"fast": 30, "default": 50, "max": 50}
+FEWEST_RUNS = 10
 
 
 class Clock:
@@ -131,9 +133,9 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         budget = _whole_budget(prepared, candidates)
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
         findings = search.findings(judgement.chosen) if search else Findings()
-        result = _assemble(prepared, candidates, budget, judgement, clock)
-        audits = _audit(prepared, candidates, judgement.chosen)
-        result = msgspec.structs.replace(result, findings=msgspec.structs.replace(findings, audits=audits))
+        audits = _audits(prepared, candidates, {BASELINE, judgement.chosen})
+        findings = msgspec.structs.replace(findings, audits=audits)
+        result = _assemble(prepared, candidates, budget, judgement, findings, clock)
         table = search.costs.table if search and search.costs else None
         write_output(prepared, candidates, result, table)
     finally:
@@ -256,7 +258,7 @@ class Evaluator:
                 return
             if self._expected is None:
                 assert baseline.session is not None
-                self._expected = predict(baseline.session, prepared.evaluation)
+                self._expected = _predict(baseline, prepared.evaluation)
             outputs = self._expected if item is baseline else _predict(item, prepared.evaluation)
             item.evaluation = _evaluate(prepared, outputs, self._expected)
             prepared.cache.keep_evaluation(key, item.evaluation)
@@ -315,7 +317,8 @@ def _predict(item: Made, data: Dataset) -> dict[str, Array]:
     """All answers; dynamic int8 takes its scales from the whole batch, so it is fed as a device would feed it."""
     assert item.session is not None
     is_dynamic = item.model is not None and item.model.precision == DYNAMIC
-    return predict(item.session, data, batch_size=1) if is_dynamic else predict(item.session, data)
+    workers = processors() if item.session.runtime == "onnxruntime" else 1
+    return predict(item.session, data, batch_size=1 if is_dynamic else BATCH_SIZE, workers=workers)
 
 
 def _evaluate(prepared: Prepared, outputs: Mapping[str, Array], expected: Mapping[str, Array]) -> EvalReport:
@@ -369,7 +372,7 @@ def time_candidates(prepared: Prepared, candidates: list[Made], reporter: Report
             threads=prepared.threads,
             twin=twin,
             seconds=min(TIMING_SECONDS[prepared.request.effort], max(MIN_TIMING_SECONDS, clock.left() / (len(sessions) + 2))),
-            min_runs=MIN_RUNS if clock.left() > 0 else FEWEST_RUNS,
+            min_runs=MIN_RUNS[prepared.request.effort] if clock.left() > 0 else FEWEST_RUNS,
             seed=prepared.request.seed,
             on_progress=lambda _text, done: reporter.tell("time", text, done),
         )
@@ -421,7 +424,9 @@ def _measured(item: Made) -> Measured:
     )
 
 
-def _assemble(prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, clock: Clock) -> OptimizeResult:
+def _assemble(
+    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, findings: Findings, clock: Clock
+) -> OptimizeResult:
     now = datetime.now(UTC).replace(microsecond=0)
     records = {item.name: _record(prepared, item, judgement, now) for item in candidates}
     chosen = next(item for item in candidates if item.name == judgement.chosen)
@@ -438,7 +443,8 @@ def _assemble(prepared: Prepared, candidates: list[Made], budget: Budget, judgem
         seconds=clock.spent(),
         host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
         warnings=(*prepared.warnings, *_doubts(records[judgement.chosen])),
-        op_latency=_profile(prepared, candidates, {BASELINE, judgement.chosen}),
+        op_latency={name: _by_operator(audit) for name, audit in findings.audits.items()},
+        findings=findings,
     )
 
 
@@ -528,31 +534,29 @@ def _count_classes(data: Dataset) -> dict[str, int]:
     }
 
 
-def _profile(prepared: Prepared, candidates: list[Made], names: set[str]) -> dict[str, tuple[OpLatency, ...]]:
-    """Operators of the baseline and the winner; a profile that fails is left out."""
-    profiles = {}
+def _audits(prepared: Prepared, candidates: list[Made], names: set[str]) -> dict[str, RuntimeAudit]:
+    """What the runtime really runs of these candidates; an audit that fails is left out."""
+    audits = {}
     for item in candidates:
         if item.name not in names or item.session is None or item.model is None or item.model.format != "onnx":
             continue
         try:
             feeds = one_sample(item.session, prepared.evaluation)
-            profiles[item.name] = profile_operators(item.model.path, feeds, threads=prepared.threads)
+            audits[item.name] = audit_runtime(item.model.path, feeds, threads=prepared.threads)
         except Exception:
-            logger.debug("no profile candidate=%s", item.name, exc_info=True)
-    return profiles
+            logger.debug("no audit candidate=%s", item.name, exc_info=True)
+    return audits
 
 
-def _audit(prepared: Prepared, candidates: list[Made], chosen: str) -> dict[str, RuntimeAudit]:
-    """What the runtime really runs of the winner; an audit that fails is left out."""
-    item = next(item for item in candidates if item.name == chosen)
-    if item.session is None or item.model is None or item.model.format != "onnx":
-        return {}
-    try:
-        feeds = one_sample(item.session, prepared.evaluation)
-        return {chosen: audit_runtime(item.model.path, feeds, threads=prepared.threads)}
-    except Exception:
-        logger.debug("no audit candidate=%s", chosen, exc_info=True)
-        return {}
+def _by_operator(audit: RuntimeAudit) -> tuple[OpLatency, ...]:
+    """Time by kind of operator, slowest first."""
+    counts = Counter(kernel.op_type for kernel in audit.kernels)
+    spent = dict.fromkeys(counts, 0.0)
+    for kernel in audit.kernels:
+        spent[kernel.op_type] += kernel.ms or 0.0
+    total = sum(spent.values()) or 1.0
+    order = sorted(spent, key=lambda kind: -spent[kind])
+    return tuple(OpLatency(op_type=kind, count=counts[kind], ms=spent[kind], share=spent[kind] / total) for kind in order)
 
 
 def write_output(prepared: Prepared, candidates: list[Made], result: OptimizeResult, table: LatencyTable | None = None) -> None:

@@ -6,16 +6,20 @@ pair between a matrix product and consumers in float32 is left out: the kernel c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.compiler.calibration import Ranges
 from edgekit.compiler.export import quiet
+from edgekit.compiler.graph import encode
 from edgekit.errors import ArtifactError
 from edgekit.schema.target import Int8Rules
 
@@ -32,6 +36,7 @@ QUANTIZED_OPERATORS = (
 """What ONNX Runtime's CPU provider fuses into integer kernels or passes through without a conversion."""
 FLOAT_ANSWERING = ("Gemm", "MatMul")
 """Integer kernels of these have a form that answers in float32."""
+REMEMBERED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,28 @@ def write_qdq(proto: ModelProto, plan: QdqPlan) -> ModelProto:
     Raises:
         ArtifactError: ``quantization.failed`` when the quantizer refuses the model.
     """
+    key = _key(proto, plan)
+    if key not in _recent:
+        while len(_recent) >= REMEMBERED:
+            del _recent[next(iter(_recent))]
+        _recent[key] = _write(proto, plan)
+    result = type(proto)()
+    result.CopyFrom(_recent[key])
+    return result
+
+
+_recent: dict[str, ModelProto] = {}
+"""The last models by what they are made of: fixed candidates and the search ask for the same ones, and each takes seconds."""
+
+
+def _key(proto: ModelProto, plan: QdqPlan) -> str:
+    ranges = sorted((name, float(low), float(high)) for name, (low, high) in plan.ranges.items())
+    flags = [plan.is_per_channel, plan.reduce_range, sorted(plan.float_nodes), sorted(plan.seven_bit)]
+    text = json.dumps([ranges, flags]).encode() + msgspec.json.encode(plan.rules)
+    return hashlib.sha256(hashlib.sha256(encode(proto)).digest() + text).hexdigest()
+
+
+def _write(proto: ModelProto, plan: QdqPlan) -> ModelProto:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer

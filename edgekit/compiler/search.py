@@ -40,6 +40,7 @@ from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PLANNED, PassSpe
 from edgekit.compiler.saturation import count_saturation
 from edgekit.compiler.solve import Choice
 from edgekit.dataset.data import Dataset, spread_indices
+from edgekit.runtime.parallel import in_order
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import SessionOptions
 from edgekit.schema.base import Scalar
@@ -351,7 +352,8 @@ def _answers(proto: ModelProto, data: Dataset) -> list[Array]:
     """Outputs sample by sample: dynamic int8 takes its scales from the request."""
     session = open_plain(encode(proto), level="all")
     size = fixed_batch(proto) or 1
-    parts = [session.run(None, feeds) for _done, feeds in whole_batches(data, size, is_fixed=True)]
+    batches = (feeds for _done, feeds in whole_batches(data, size, is_fixed=True))
+    parts = list(in_order(lambda feeds: session.run(None, feeds), batches))
     return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
 

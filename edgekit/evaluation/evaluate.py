@@ -14,6 +14,7 @@ import numpy as np
 from edgekit.dataset.data import Array, Dataset
 from edgekit.errors import ArtifactError, DataError, UsageError
 from edgekit.evaluation.metric import SQNR_CAP_DB, Evidence, Metric, class_labels, recall_by_class, resolve_metric, sqnr_db
+from edgekit.runtime.parallel import in_order
 from edgekit.runtime.session import Session
 from edgekit.schema.measurement import EvalReport
 
@@ -37,13 +38,25 @@ def _no_progress(_text: str, _done: float) -> None:
 
 
 def predict(
-    session: Session, data: Dataset, batch_size: int = BATCH_SIZE, *, on_progress: Progress = _no_progress
+    session: Session,
+    data: Dataset,
+    batch_size: int = BATCH_SIZE,
+    *,
+    workers: int = 1,
+    on_progress: Progress = _no_progress,
 ) -> dict[str, Array]:
     """Every output for every sample, [N, ...], in order.
 
     Batches are of ``batch_size`` samples, fewer where samples are large. A model with a fixed batch gets exactly that: the
     last batch is filled with its last sample, whose extra answers are thrown away. Inputs are matched by name; a single input
     by its place, where a conversion renamed it.
+
+    Args:
+        session: the model.
+        data: the samples.
+        batch_size: the most samples at a time.
+        workers: batches at a time, on a thread each; more than one only where the session can run on several threads at once.
+        on_progress: called with a text and the fraction done.
 
     Raises:
         DataError: ``data.missing_input`` when the names do not match.
@@ -55,10 +68,14 @@ def predict(
     done = 0
     per_sample = sum(array.nbytes for array in data.inputs.values()) // max(1, len(data))
     affordable = max(1, min(batch_size, BATCH_BYTES // max(1, per_sample)))
-    for feeds, _labels in data.batches(fixed or affordable):
-        count = len(next(iter(feeds.values())))
+
+    def answer(batch: tuple[Mapping[str, Array], object]) -> tuple[int, Mapping[str, Array]]:
+        feeds, _labels = batch
         ready = {names[name]: array if fixed is None else _fill(array, fixed) for name, array in feeds.items()}
-        for name, array in session.run(ready).items():
+        return len(next(iter(feeds.values()))), session.run(ready)
+
+    for count, answers in in_order(answer, data.batches(fixed or affordable), workers):
+        for name, array in answers.items():
             _check_batch(name, array, fixed or count)
             parts.setdefault(name, []).append(array[:count].copy())
         done += count

@@ -11,10 +11,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler import audit as audit_module
-from edgekit.compiler.audit import NO_PAIR, UNSIGNED, audit_runtime, repair
+from edgekit.compiler.audit import NO_PAIR, UNSIGNED, audit_runtime
 from edgekit.compiler.calibration import collect_ranges
 from edgekit.compiler.graph import open_plain, run_once
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, silenced_root, write_qdq
+from edgekit.compiler.repair import repair
 from edgekit.dataset.data import make_dataset
 from edgekit.errors import ArtifactError
 from edgekit.schema.target import Int8Rules
