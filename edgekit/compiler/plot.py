@@ -145,11 +145,12 @@ def scatter(points: Sequence[Point], x_axis: Axis, y_axis: Axis, *, width: int, 
     left, right, top, bottom = 52.0, width - 14.0, 34.0, height - 44.0
     x = Scale(*span(xs, limits=x_axis.limits, is_from_zero=True), left, right)
     y = Scale(*span(ys, limits=y_axis.limits), bottom, top)
-    limits, taken = _limits(x, y, x_axis, y_axis)
+    symbols = [_around(x(point.x), y(point.y)) for point in points]
+    limits, limit_words, taken = _limits(x, y, x_axis, y_axis, symbols)
     parts = [*_grid(x, y, x_axis, y_axis), *limits]
     parts += [_front(points, x, y, is_lower=y_axis.is_lower_better), *(_error_bars(point, x, y) for point in points)]
     parts += [_symbol(point, x, y) for point in sorted(points, key=lambda item: -item.rank)]
-    parts += _labels(points, x, y, taken)
+    parts += [*limit_words, *_labels(points, x, y, [*taken, *symbols])]
     return draw(width, height, label, parts)
 
 
@@ -177,13 +178,16 @@ def _grid(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis) -> list[Markup]:
     return parts
 
 
-def _limits(x: Scale, y: Scale, x_axis: Axis, y_axis: Axis) -> tuple[list[Markup], list[Box]]:
-    """Shaded areas with their words, and the room that the words take."""
-    placed = [_x_limit(limit, x, y) for limit in x_axis.limits] + [_y_limit(limit, x, y) for limit in y_axis.limits]
-    return [mark for marks, _ in placed for mark in marks], [box for _, box in placed]
+def _limits(
+    x: Scale, y: Scale, x_axis: Axis, y_axis: Axis, symbols: Sequence[Box]
+) -> tuple[list[Markup], list[Markup], list[Box]]:
+    """Shaded areas, which lie under all else, their words, which stand above it, and the room that the words take."""
+    placed = [_x_limit(limit, x, y) for limit in x_axis.limits]
+    placed += [_y_limit(limit, x, y, symbols) for limit in y_axis.limits]
+    return [mark for marks, _, _ in placed for mark in marks], [words for _, words, _ in placed], [box for _, _, box in placed]
 
 
-def _x_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
+def _x_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Markup, Box]:
     """A limit of the horizontal axis; one that lies outside is named at the edge that it lies beyond."""
     at = x(min(max(limit.value, x.low), x.high))
     start, end = (at, x.end) if limit.is_upper else (x.start, at)
@@ -193,12 +197,11 @@ def _x_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
         parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="limit"))
     is_left = at > (x.start + x.end) / 2
     edge = at + (-6 if is_left else 6)
-    parts.append(element("text", words, x=edge, y=y.end + 12, class_="limit-label", text_anchor="end" if is_left else "start"))
-    return parts, _text_box(words, edge, y.end + 12, is_end=is_left)
+    return parts, *_limit_words(words, edge, y.end + 12, is_end=is_left)
 
 
-def _y_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
-    """The same for the vertical axis, whose pixels grow downwards."""
+def _y_limit(limit: Limit, x: Scale, y: Scale, symbols: Sequence[Box]) -> tuple[list[Markup], Markup, Box]:
+    """The same for the vertical axis, whose pixels grow downwards; the words stand at the end where fewer symbols are."""
     at = y(min(max(limit.value, y.low), y.high))
     start, end = (y.end, at) if limit.is_upper else (at, y.start)
     parts = [element("rect", x=x.start, y=start, width=x.end - x.start, height=end - start, class_="beyond")]
@@ -206,13 +209,14 @@ def _y_limit(limit: Limit, x: Scale, y: Scale) -> tuple[list[Markup], Box]:
     if y.low <= limit.value <= y.high:
         parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="limit"))
     line = min(max(at + (-6 if limit.is_upper else 15), y.end + 28), y.start - 6)
-    parts.append(element("text", words, x=x.end - 4, y=line, class_="limit-label", text_anchor="end"))
-    return parts, _text_box(words, x.end - 4, line, is_end=True)
+    places = [_limit_words(words, x.end - 4, line, is_end=True), _limit_words(words, x.start + 4, line, is_end=False)]
+    return parts, *min(places, key=lambda place: sum(_overlaps(place[1], symbol) for symbol in symbols))
 
 
-def _text_box(words: str, x: float, y: float, *, is_end: bool) -> Box:
+def _limit_words(words: str, x: float, y: float, *, is_end: bool) -> tuple[Markup, Box]:
     width = len(words) * CHARACTER_PX
-    return (x - width, y - 10, x, y + 3) if is_end else (x, y - 10, x + width, y + 3)
+    box = (x - width, y - 10, x, y + 3) if is_end else (x, y - 10, x + width, y + 3)
+    return element("text", words, x=x, y=y, class_="limit-label", text_anchor="end" if is_end else "start"), box
 
 
 def _front(points: Sequence[Point], x: Scale, y: Scale, *, is_lower: bool) -> Markup:
@@ -271,7 +275,6 @@ def shape(kind: Shape, x: float, y: float) -> Markup:
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, taken: list[Box]) -> list[Markup]:
     """Names beside the symbols, important ones first; those without room are left to the table and the tooltip."""
-    taken = [*taken, *(_around(x(point.x), y(point.y)) for point in points)]
     parts = []
     most = 2 if x.end < NARROW_PX or len(points) > CROWD else 9
     for point in sorted((item for item in points if item.rank <= most), key=lambda item: item.rank):

@@ -42,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Where the rows of a plot are."""
 
     width: int
@@ -53,22 +53,27 @@ class _Frame:
 
     @property
     def is_narrow(self) -> bool:
+        """Whether names stand above their bars."""
         return self.width < NARROW_PX
 
     @property
     def row_px(self) -> float:
+        """Height of a row."""
         return 44.0 if self.is_narrow else 28.0
 
     @property
     def left(self) -> float:
+        """Where bars begin."""
         return 10.0 if self.is_narrow else self.name_px + (24 if self.has_sign else 14)
 
     @property
     def right(self) -> float:
+        """Where bars end at the latest."""
         return self.width - (14.0 if self.is_narrow else self.note_px + 14)
 
     @property
     def bottom(self) -> float:
+        """The lower end of the last row."""
         return 22.0 + self.count * self.row_px
 
     def middle(self, index: int) -> float:
@@ -91,14 +96,16 @@ class _Frame:
         ]
 
 
-def _frame(width: int, names: Sequence[str], notes: Sequence[str], *, has_sign: bool) -> _Frame:
+def frame_of(width: int, names: Sequence[str], notes: Sequence[str], *, has_sign: bool) -> Frame:
+    """Room for names and notes, and what is left for bars; ``has_sign``: a symbol stands before each bar."""
     longest = max((len(name) for name in names), default=0)
     note = max((len(note) for note in notes), default=0)
     name_px = min(longest * CHARACTER_PX + 12, width * 0.3)
-    return _Frame(width, len(names), name_px, note * BOLD_PX + 8, has_sign)
+    return Frame(width, len(names), name_px, note * BOLD_PX + 8, has_sign)
 
 
-def _axis(frame: _Frame, scale: Scale, title: str, format_tick: Format) -> list[Markup]:
+def axis(frame: Frame, scale: Scale, title: str, format_tick: Format) -> list[Markup]:
+    """Grid lines, ticks and the title."""
     count = 4 if frame.is_narrow else 6
     step = nice_step(scale.high - scale.low, count)
     parts = []
@@ -131,11 +138,11 @@ def bars(
         width: in CSS pixels.
         label: the picture in words.
     """
-    frame = _frame(width, [row.name for row in rows], [row.note for row in rows], has_sign=True)
+    frame = frame_of(width, [row.name for row in rows], [row.note for row in rows], has_sign=True)
     longest = max((row.p90 for row in rows), default=1.0) or 1.0
     high = min(max((row.p99 for row in rows), default=1.0), CLIP * longest)
     scale = Scale(0.0, span([0.0, high], limits=limits)[1], frame.left, frame.right)
-    parts = _axis(frame, scale, title, format_tick)
+    parts = axis(frame, scale, title, format_tick)
     if band is not None:
         start, end = scale(max(band[0], 0.0)), scale(min(band[1], scale.high))
         parts.append(element("rect", x=start, y=22, width=max(end - start, 1.5), height=frame.bottom - 22, class_="band"))
@@ -171,10 +178,10 @@ def _bar(row: Bar, scale: Scale, y: float, sign: tuple[float, float]) -> Markup:
 
 def dumbbell(rows: Sequence[Pair], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """A hollow ring for before, a filled symbol for after (triangle down: worse, up: better), a line between."""
-    frame = _frame(width, [row.name for row in rows], [row.note for row in rows], has_sign=False)
+    frame = frame_of(width, [row.name for row in rows], [row.note for row in rows], has_sign=False)
     low, high = span([value for row in rows for value in (row.before, row.after)])
     scale = Scale(low, high, frame.left, frame.right)
-    parts = _axis(frame, scale, title, format_tick)
+    parts = axis(frame, scale, title, format_tick)
     for index, row in enumerate(rows):
         y = frame.middle(index)
         before, after = scale(row.before), scale(row.after)

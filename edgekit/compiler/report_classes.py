@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from edgekit.compiler.markup import Markup, element
 from edgekit.compiler.plot_rows import Pair, after_mark, dumbbell
 from edgekit.compiler.report_figures import figure, listing, tick
-from edgekit.compiler.report_table import Cell, table
+from edgekit.compiler.report_table import Cell, fold, names
 from edgekit.compiler.report_words import NBSP, difference, quality
 from edgekit.compiler.result import OptimizeResult
 
@@ -68,9 +68,9 @@ def class_changes(result: OptimizeResult) -> list[tuple[str, float, float]]:
     after = result.chosen.evaluation.per_class if result.chosen.evaluation else {}
     if result.chosen.name == result.baseline.name:
         return []
-    names = class_names(result)
+    known = class_names(result)
     rows = [
-        (names.get(key, f"class {key}" if key.isdigit() else key), before[key], after[key])
+        (known.get(key, f"class {key}" if key.isdigit() else key), before[key], after[key])
         for key in before
         if key in after and math.isfinite(before[key]) and math.isfinite(after[key])
     ]
@@ -115,6 +115,4 @@ def class_table(result: OptimizeResult) -> Markup | None:
         )
         for name, before, after in rows
     ]
-    return element(
-        "details", element("summary", f"All {len(rows)} classes as a table"), table(head, cells, label="Quality by class")
-    )
+    return fold(f"As a table: {len(rows)} classes", names(head, cells, "Quality by class"))

@@ -1,17 +1,20 @@
-"""The lower half of a report: lineage, operators, data, machine, and what to know before relying on the figures."""
+"""The end of a report: lineage, data, machine, and what to know before relying on the figures."""
 
 from __future__ import annotations
 
-from edgekit.compiler.markup import Markup, element, join
+import json
+
+from edgekit.compiler.markup import Markup, element
 from edgekit.compiler.report_figures import is_on_target
-from edgekit.compiler.report_table import Cell, table
+from edgekit.compiler.report_table import Cell, Row, fold, table
 from edgekit.compiler.report_words import NBSP, NONE, milliseconds, significant, size, typeset
 from edgekit.compiler.result import DataDescription, OptimizeResult
 from edgekit.schema.base import Scalar
 from edgekit.schema.candidate import PassStep
 from edgekit.schema.digest import short
 
-MAX_OPERATORS = 10
+LONG = 90
+"""Characters of a setting before its fold."""
 
 
 def digest(value: str) -> Markup:
@@ -32,7 +35,7 @@ def lineage(result: OptimizeResult) -> Markup:
 
 def _step(step: PassStep) -> Markup:
     took = element("span", f"{significant(step.seconds, 2)}{NBSP}s", class_="quiet")
-    settings = [element("li", element("code", f"{name} = {_setting(value)}")) for name, value in step.settings.items()]
+    settings = [_setting(name, value) for name, value in step.settings.items()]
     versions = ", ".join(f"{name} {version}" for name, version in step.versions.items())
     return element(
         "li",
@@ -43,7 +46,23 @@ def _step(step: PassStep) -> Markup:
     )
 
 
-def _setting(value: Scalar) -> str:
+def _setting(name: str, value: Scalar) -> Markup:
+    words = _value(value)
+    if len(words) <= LONG:
+        return element("li", element("code", f"{name} = {words}"))
+    return element("li", fold(f"{name}: {_extent(words)}", element("code", words)))
+
+
+def _extent(words: str) -> str:
+    """How long a folded setting is: its entries where it is a list or a mapping."""
+    try:
+        found = json.loads(words)
+    except ValueError:
+        return f"{len(words):,} characters"
+    return f"{len(found):,} entries" if isinstance(found, list | dict) else f"{len(words):,} characters"
+
+
+def _value(value: Scalar) -> str:
     match value:
         case None:
             return "none"
@@ -55,52 +74,29 @@ def _setting(value: Scalar) -> str:
             return str(value)
 
 
-def operators(result: OptimizeResult) -> Markup | None:
-    """Time by kind of operator, the baseline's beside the chosen one's."""
-    names = [name for name in dict.fromkeys((result.baseline.name, result.chosen.name)) if result.op_latency.get(name)]
-    if not names:
-        return None
-    found = {name: {entry.op_type: entry for entry in result.op_latency[name]} for name in names}
-    kinds = {kind: max(found[name][kind].ms for name in names if kind in found[name]) for name in names for kind in found[name]}
-    head: list[Cell] = [("operator", None)]
-    for name in names:
-        head += [(f"{name}, count", "number"), ("ms", "number"), ("share", "number")]
-    rows = []
-    for kind in sorted(kinds, key=lambda item: -kinds[item])[:MAX_OPERATORS]:
-        cells: list[Cell] = [(kind, None)]
-        for name in names:
-            entry = found[name].get(kind)
-            cells += (
-                [(NONE, "number")] * 3
-                if entry is None
-                else [
-                    (str(entry.count), "number"),
-                    (significant(entry.ms), "number"),
-                    (f"{entry.share * 100:.0f}{NBSP}%", "number"),
-                ]
-            )
-        rows.append(("", cells))
-    note = "By the runtime's own profiler on this host, which adds a cost of its own to each operator: read it for proportions."
-    return join(table(head, rows, label="Time by operator"), element("p", note, class_="quiet"))
-
-
 def data_sets(result: OptimizeResult) -> Markup:
     """Where the data came from, how much, and whether classes are balanced."""
-    head: list[Cell] = [("role", None), ("samples", "number"), ("source", None), ("digest", None), ("classes", "why")]
+    head: list[Cell] = [
+        ("role", None),
+        ("samples", "number"),
+        ("digest", "fact"),
+        ("source", "fact whole"),
+        ("classes", "fact whole"),
+    ]
     rows = [
         (
             "",
             [
                 (item.role, None),
                 (f"{item.samples:,}", "number"),
-                (item.source, None),
-                (digest(item.digest), None),
-                (_balance(item), "why"),
+                (digest(item.digest), "fact"),
+                (item.source, "fact whole"),
+                (_balance(item), "fact whole"),
             ],
         )
         for item in result.data
     ]
-    return table(head, rows, label="Data sets")
+    return table(head, rows, label="Data sets", class_="as-cards")
 
 
 def _balance(item: DataDescription) -> str:
@@ -128,7 +124,8 @@ def machine(result: OptimizeResult) -> Markup:
         ("frequency governor", host.governor or "unknown", NONE),
     ]
     head: list[Cell] = [("", None), ("measured on", None), (f"target {target.name}", None)]
-    return table(head, [("", [(name, None), (here, None), (there, None)]) for name, here, there in rows], label="Machine")
+    cells: list[Row] = [("", [(name, None), (here, None), (there, None)]) for name, here, there in rows]
+    return table(head, cells, label="Machine", class_="facts")
 
 
 def notes(result: OptimizeResult) -> Markup:

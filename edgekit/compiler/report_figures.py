@@ -32,6 +32,10 @@ from edgekit.schema.measurement import EvalReport, LatencyReport
 
 WIDTHS = {"wide": 1000, "middle": 600, "narrow": 340}
 TINY_STEP = 1e-6
+QUIET_DB = 80.0
+"""Answers with less noise than this are as good as without; they are drawn here, so that others can be told apart."""
+SHOWN = 15
+"""Rows of a picture that has a folded table with all of them."""
 BYTES_PER_KB, BYTES_PER_MB = 1e3, 1e6
 STATUS_SHAPES: dict[str, Shape] = {"chosen": "star", "passed": "circle", "missed": "triangle", "failed": "cross"}
 STATUS_WORDS = {"chosen": "chosen", "passed": "meets the budget", "missed": "misses the budget", "failed": "failed"}
@@ -47,8 +51,13 @@ def look(candidate: Candidate, result: OptimizeResult) -> tuple[Shape, str]:
 
 def icon(kind: Shape, class_: str) -> Markup:
     """A symbol in running text; the words beside it say the same."""
-    mark = element("g", shape(kind, 10.0, 10.0), class_=f"mark {class_}")
-    return element("svg", mark, viewBox="0 0 20 20", width=16, height=16, class_="icon", aria_hidden="true")
+    return icon_of(shape(kind, 10.0, 10.0), f"mark {class_}")
+
+
+def icon_of(sign: Markup, class_: str) -> Markup:
+    """Anything drawn on 20 by 20 as a symbol in running text."""
+    inner = element("g", sign, class_=class_)
+    return element("svg", inner, viewBox="0 0 20 20", width=16, height=16, class_="icon", aria_hidden="true")
 
 
 def figure(draw: Callable[[str, int], Markup], caption: str, legend: Markup | None = None) -> Markup:
@@ -76,7 +85,7 @@ def trade_off(result: OptimizeResult, quantity: str) -> Markup | None:
     ]
     x_title = f"latency, median, {unit} (faster is left)" if is_latency else f"size of the file, {unit} (smaller is left)"
     x_axis = Axis(title=x_title, format_tick=tick, is_lower_better=True, limits=_limits(result, quantity, scale))
-    y_title = metric_title(metric) + (", %" if metric in SHARES else "")
+    y_title = metric_title(metric) + (", %" if metric in SHARES else ", dB" if metric == "sqnr_db" else "")
     y_axis = Axis(title=y_title, format_tick=tick, is_lower_better=is_lower, limits=_quality_limits(result))
     on_front = sorted(front, key=lambda index: places[index])
     caption = _front_caption([drawn[index].name for index in on_front], drawn, result, is_latency=is_latency)
@@ -101,6 +110,8 @@ def _front_caption(names: Sequence[str], drawn: Sequence[Candidate], result: Opt
     parts = [f"{shown}; nothing else is better in one without being worse in the other."]
     if result.chosen.name not in names:
         parts.append(f"{result.chosen.name} is not on this front: the verdict weighs all figures, the budget and the noise.")
+    if any(item.evaluation and item.evaluation.metric == "sqnr_db" and item.evaluation.value > QUIET_DB for item in drawn):
+        parts.append(f"More than {QUIET_DB:g}{NBSP}dB is drawn as {QUIET_DB:g}{NBSP}dB.")
     parts += [f"Thin bars are 95{NBSP}% intervals.", *_left_out(drawn, result)]
     if is_latency and not is_on_target(result):
         parts.append(f"Times are this host's, not those of {result.target.name}.")
@@ -128,6 +139,8 @@ def _x(item: Candidate, *, is_latency: bool) -> float:
 
 
 def _y(metric: str, value: float) -> float:
+    if metric == "sqnr_db":
+        return min(value, QUIET_DB)
     return value * 100 if metric in SHARES else value
 
 
@@ -207,6 +220,11 @@ def tick(value: float, step: float) -> str:
     return f"{value:,.{decimals}f}".replace("-", "\u2212")
 
 
+def short_tick(value: float, step: float) -> str:
+    """A tick whose zero is short, since it stands at the edge."""
+    return tick(value, step) if value else "0"
+
+
 def is_on_target(result: OptimizeResult) -> bool:
     """Whether the latencies were measured on the target's own hardware."""
     reports = [item.latency for item in result.candidates if item.latency]
@@ -233,6 +251,12 @@ def _legend(drawn: Sequence[Candidate], points: Sequence[Point], result: Optimiz
 def key(class_: str, words: str) -> Markup:
     """An entry of a legend whose sign is drawn by the style sheet."""
     return element("li", element("span", class_=class_), words)
+
+
+def bar_key(class_: str, words: str) -> Markup:
+    """An entry of a legend that shows a bar."""
+    bar = element("rect", x=1, y=5, width=18, height=10, class_="length")
+    return element("li", icon_of(bar, class_), words)
 
 
 def latency(result: OptimizeResult) -> Markup | None:

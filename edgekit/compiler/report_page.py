@@ -11,16 +11,22 @@ import hashlib
 from importlib.resources import files
 
 from edgekit.compiler.markup import Child, Markup, element, join
+from edgekit.compiler.report_audit import audits
 from edgekit.compiler.report_classes import class_table, classes
-from edgekit.compiler.report_details import data_sets, lineage, machine, notes, operators
+from edgekit.compiler.report_details import data_sets, lineage, machine, notes
 from edgekit.compiler.report_figures import icon, is_on_target, latency, look, trade_off
-from edgekit.compiler.report_findings import audits, costs, ladder, ranges, remarks, saturation, sensitivity
+from edgekit.compiler.report_ladder import ladder, remarks
+from edgekit.compiler.report_layers import costs, sensitivity
+from edgekit.compiler.report_operators import savings
+from edgekit.compiler.report_ranges import ranges
+from edgekit.compiler.report_saturation import saturation
 from edgekit.compiler.report_table import budget_table, candidate_table
 from edgekit.compiler.report_words import (
     change,
     difference,
     headline,
     interval_words,
+    is_absolute,
     metric_title,
     milliseconds,
     quality,
@@ -56,45 +62,45 @@ def policy(style: str) -> str:
     return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
+Content = tuple[str, str, tuple[Child, ...]]
+"""Anchor, title and parts of a section."""
+
+
 def _sections(result: OptimizeResult) -> list[Markup]:
-    by_latency, by_size = trade_off(result, "latency_ms"), trade_off(result, "size_mb")
-    sections = [
-        _opening(result),
-        section(
-            "accuracy-latency", "Accuracy against latency" if _is_accuracy(result) else "Quality against latency", by_latency
-        ),
-        section("accuracy-size", "Accuracy against size" if _is_accuracy(result) else "Quality against size", by_size),
-        section("latency", "Latency", latency(result)),
-        section("candidates", "Candidates", candidate_table(result)),
-        section("classes", "By class", classes(result), class_table(result)),
-        section("operators", "Where the time goes", operators(result)),
-        section("sensitivity", "Where int8 hurts", sensitivity(result)),
-        section("layer-costs", "What each layer costs", costs(result)),
-        section("ranges", "Ranges", ranges(result)),
-        section("saturation", "Saturation on x86 without dot-product instructions", saturation(result)),
-        section("audit", "What the runtime really runs", audits(result)),
-        section("ladder", "The ladder", ladder(result)),
-        section("search-remarks", "What the search left out", remarks(result)),
-        section("lineage", f"How {result.chosen.name} was made", lineage(result)),
-        section("data", "Data", data_sets(result)),
-        section("machine", "Machine", machine(result)),
-        section("notes", "What to know about these figures", notes(result)),
+    """The answer, links, and the sections that have something to show."""
+    shown = [(anchor, title, parts) for anchor, title, parts in _contents(result) if any(parts)]
+    links = [element("li", element("a", title, href=f"#{anchor}")) for anchor, title, _ in shown]
+    contents = element("nav", element("ul", *links), class_="contents", aria_label="Contents")
+    return [_opening(result), contents, *(section(anchor, title, *parts) for anchor, title, parts in shown)]
+
+
+def _contents(result: OptimizeResult) -> list[Content]:
+    quality = "Accuracy" if result.request.metric in {"top1", "balanced_accuracy"} else "Quality"
+    return [
+        ("accuracy-latency", f"{quality} against latency", (trade_off(result, "latency_ms"),)),
+        ("accuracy-size", f"{quality} against size", (trade_off(result, "size_mb"),)),
+        ("latency", "Latency", (latency(result),)),
+        ("candidates", "Candidates", (candidate_table(result),)),
+        ("classes", "By class", (classes(result), class_table(result))),
+        ("savings", "Where the time was saved", (savings(result),)),
+        ("sensitivity", "Where int8 hurts", (sensitivity(result),)),
+        ("layer-costs", "What each layer costs", (costs(result),)),
+        ("ranges", "Ranges", (ranges(result),)),
+        ("saturation", "Saturation on x86 without dot-product instructions", (saturation(result),)),
+        ("audit", "What the runtime really runs", (audits(result),)),
+        ("ladder", "The ladder", (ladder(result),)),
+        ("search-remarks", "What the search left out", (remarks(result),)),
+        ("lineage", f"How {result.chosen.name} was made", (lineage(result),)),
+        ("data", "Data", (data_sets(result),)),
+        ("machine", "Machine", (machine(result),)),
+        ("notes", "What to know about these figures", (notes(result),)),
     ]
-    return [part for part in sections if part is not None]
 
 
-def section(anchor: str, title: str, *parts: Child) -> Markup | None:
-    """A section with its heading, at ``#anchor``; None where there is nothing to show."""
-    shown = [part for part in parts if part]
-    return (
-        element("section", element("h2", title, id=f"{anchor}-title"), *shown, id=anchor, aria_labelledby=f"{anchor}-title")
-        if shown
-        else None
-    )
-
-
-def _is_accuracy(result: OptimizeResult) -> bool:
-    return result.request.metric in {"top1", "balanced_accuracy"}
+def section(anchor: str, title: str, *parts: Child) -> Markup:
+    """A section with its heading, at ``#anchor``."""
+    heading = element("h2", title, id=f"{anchor}-title")
+    return element("section", heading, *(part for part in parts if part), id=anchor, aria_labelledby=f"{anchor}-title")
 
 
 def _opening(result: OptimizeResult) -> Markup:
@@ -128,7 +134,10 @@ def _key_figures(result: OptimizeResult) -> Markup:
     if chosen.evaluation is not None:
         report = chosen.evaluation
         before = f"{baseline.name}: {quality(report.metric, report.baseline)}"
-        words = "the baseline" if chosen.name == baseline.name else difference(report.metric, change(report))
+        against = (
+            f"of its answers against {baseline.name}" if is_absolute(report) else difference(report.metric, change(report))
+        )
+        words = "the baseline" if chosen.name == baseline.name else against
         cards.append(
             _card(metric_title(report.metric), quality(report.metric, report.value), words, interval_words(report), before)
         )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edgekit.compiler.markup import Child, Markup, element
+from edgekit.compiler.markup import Child, Markup, element, join
 from edgekit.compiler.report_figures import STATUS_WORDS, icon, look
 from edgekit.compiler.report_words import (
+    NBSP,
     NONE,
     TIMES,
     change,
     change_interval,
+    counted,
     difference,
+    interval_words,
+    is_absolute,
     is_tie,
     metric_title,
     plain,
@@ -26,6 +30,9 @@ from edgekit.schema.candidate import BudgetCheck, Candidate
 from edgekit.schema.measurement import EvalReport, LatencyReport
 
 Cell = tuple[Child, str | None]
+Row = tuple[str, list[Cell]]
+SHOWN_ROWS = 8
+"""Candidates before the fold; the chosen one and the baseline come first."""
 
 
 def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]], *, label: str, class_: str = "") -> Markup:
@@ -57,6 +64,21 @@ def table(head: Sequence[Cell], rows: Sequence[tuple[str, Sequence[Cell]]], *, l
     return element("div", inner, class_=f"scroll {class_}".strip(), tabindex="0", role="region", aria_label=label)
 
 
+def names(head: Sequence[Cell], rows: Sequence[Row], label: str) -> Markup:
+    """A table whose first column may be long: it breaks rather than push the figures out of sight."""
+    return table(head, rows, label=label, class_="names")
+
+
+def named(name: str, op_type: str) -> Markup:
+    """A layer with its operator."""
+    return element("span", name, " ", element("small", op_type))
+
+
+def fold(summary: str, *content: Child) -> Markup:
+    """What most readers need not see."""
+    return element("details", element("summary", summary), *content)
+
+
 def candidate_table(result: OptimizeResult) -> Markup:
     """Every candidate with what it measured, its verdict and the reason: the chosen one, the baseline, then by verdict."""
     figures = (metric_title(result.request.metric), "change", "median, ms", f"time against {result.baseline.name}", "size")
@@ -65,7 +87,10 @@ def candidate_table(result: OptimizeResult) -> Markup:
         (_row_class(item), _candidate_cells(item, result))
         for item in sorted(result.candidates, key=lambda item: _order(item, result))
     ]
-    return table(head, rows, label="All candidates", class_="as-cards")
+    first, rest = table(head, rows[:SHOWN_ROWS], label="Candidates", class_="as-cards"), rows[SHOWN_ROWS:]
+    if not rest:
+        return first
+    return join(first, fold(counted(rest, "more candidate"), table(head, rest, label="More candidates", class_="as-cards")))
 
 
 def _order(item: Candidate, result: OptimizeResult) -> tuple[bool, bool, int, float]:
@@ -99,6 +124,10 @@ def _candidate_cells(item: Candidate, result: OptimizeResult) -> list[Cell]:
 def _quality_cells(report: EvalReport | None) -> list[Cell]:
     if report is None:
         return [(NONE, "number"), (NONE, "number")]
+    if is_absolute(report):
+        ends = interval_words(report).removeprefix(f"95{NBSP}% interval ")
+        value = element("span", quality(report.metric, report.value), element("small", ends) if ends else None)
+        return [(value, "number"), (NONE, "number")]
     interval = change_interval(report)
     range_ = None
     if interval is not None and interval[0] < interval[1]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from edgekit.compiler.gate import LATENCY_TIE
 from edgekit.compiler.result import OptimizeResult
@@ -33,6 +34,9 @@ SHARES = frozenset({"top1", "balanced_accuracy", "agreement"})
 SIZE_SAME = 0.02
 """Files that differ by less are said to be as large."""
 SMALL_POWER, LARGE_POWER = 6, 9
+SILENT_DB = 200.0
+"""The records' word for no noise at all."""
+PLANNED = "quantize-planned"
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -57,6 +61,53 @@ def plain(value: float) -> str:
 def milliseconds(value: float) -> str:
     """A duration."""
     return f"{significant(value)}{NBSP}ms"
+
+
+def bare_ms(value: float | None) -> str:
+    """Milliseconds without their unit."""
+    return NONE if value is None else significant(value)
+
+
+def decibels(value: float | None) -> str:
+    """An SQNR; no noise at all is said in words."""
+    if value is None or math.isnan(value):
+        return NONE
+    if value >= SILENT_DB:
+        return "no noise"
+    return f"{value:.1f}{NBSP}dB".replace("-", MINUS) if math.isfinite(value) else significant(value)
+
+
+def percent(value: float, digits: int = 3) -> str:
+    """A share in per cent; what is not quite all is not called all."""
+    per_cent = 100 * value
+    shown = f"{per_cent:.0f}" if per_cent >= 99.95 else f"{per_cent:.1f}" if per_cent >= 99.5 else significant(per_cent, digits)
+    return f"{shown}{NBSP}%"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A change with its sign."""
+    sign = "+" if value > 0 else MINUS if value < 0 else "\u00b1"
+    return f"{sign}{significant(abs(value), digits)}"
+
+
+def interval(low: float, high: float) -> str:
+    """From the lower to the upper end."""
+    return f"{significant(low)} \u2026 {significant(high)}"
+
+
+def counted(items: Sequence[object], noun: str) -> str:
+    """How many there are, with the noun in its number."""
+    return f"{len(items)} {noun}{'s' if len(items) != 1 else ''}"
+
+
+def finite(value: float | None) -> float | None:
+    """None for what is not a number on paper."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def unknown_last(value: float) -> float:
+    """For sorting upwards."""
+    return math.inf if math.isnan(value) else value
 
 
 def size(size_bytes: float) -> str:
@@ -92,6 +143,8 @@ def quality(metric: str, value: float) -> str:
         return significant(value)
     if metric in SHARES:
         return f"{value * 100:.2f}{NBSP}%"
+    if metric == "sqnr_db" and value >= SILENT_DB:
+        return decibels(value)
     return f"{significant(value, 4)}{NBSP}dB" if metric == "sqnr_db" else significant(value, 4)
 
 
@@ -118,19 +171,29 @@ def change_interval(report: EvalReport) -> tuple[float, float] | None:
     return (-report.drop_high, -report.drop_low) if report.is_higher_better else (report.drop_low, report.drop_high)
 
 
+def is_absolute(report: EvalReport) -> bool:
+    """Whether the value itself is what was lost: noise against a baseline that has none, so that a change says nothing."""
+    return report.metric == "sqnr_db" and report.baseline >= SILENT_DB
+
+
 def interval_words(report: EvalReport) -> str:
-    """The interval of the change; empty where there is none, or no width."""
-    interval = change_interval(report)
-    if interval is None or interval[0] == interval[1]:
+    """The interval of the change, or of the value where a change says nothing; empty where there is none, or no width."""
+    ends = change_interval(report)
+    if ends is None or ends[0] == ends[1]:
         return ""
-    low, high = (difference(report.metric, value, is_bare=True) for value in interval)
+    if is_absolute(report):
+        low, high = (decibels(report.baseline + value) for value in ends)
+    else:
+        low, high = (difference(report.metric, value, is_bare=True) for value in ends)
     return f"95{NBSP}% interval {low} to {high}"
 
 
 def change_words(report: EvalReport) -> str:
     """The change with its interval."""
-    shown, interval = difference(report.metric, change(report)), interval_words(report)
-    return f"{shown} ({interval})" if interval else shown
+    shown, ends = difference(report.metric, change(report)), interval_words(report)
+    if is_absolute(report):
+        return ends
+    return f"{shown} ({ends})" if ends else shown
 
 
 def is_tie(report: LatencyReport) -> bool:
@@ -181,6 +244,8 @@ def smaller(candidate: Candidate, baseline: Candidate) -> str:
 def loss(report: EvalReport) -> str:
     """The change of quality as a claim."""
     title, interval = metric_title(report.metric), change_interval(report)
+    if is_absolute(report) and report.drop:
+        return f"at {quality(report.metric, report.value)} of {title}"
     if report.drop == 0 and (interval is None or interval[0] <= 0 <= interval[1]):
         return f"with the same {title}"
     if interval is not None and interval[0] <= 0 <= interval[1]:
@@ -210,3 +275,19 @@ def headline(result: OptimizeResult) -> str:
     if chosen.evaluation is not None:
         parts.append(loss(chosen.evaluation))
     return f"Use {chosen.name}: {', '.join(parts)}." if parts else f"Use {chosen.name}."
+
+
+def subject(result: OptimizeResult) -> str:
+    """The candidate that ``is_int8`` of a layer speaks of: the chosen one, or the search's mix where another was chosen."""
+    planned = [item.name for item in (result.chosen, *result.candidates) if any(step.name == PLANNED for step in item.lineage)]
+    if planned:
+        return planned[0]
+    is_quantized = any(step.name.startswith("quantize") for step in result.chosen.lineage)
+    is_told = any(item.is_int8 for item in result.findings.layers)
+    return result.chosen.name if is_told or not is_quantized else "the search\u2019s mix"
+
+
+def about(result: OptimizeResult) -> str:
+    """Said where the figures are not those of the chosen candidate."""
+    name = subject(result)
+    return "" if name == result.chosen.name else f" All this is of {name}; {result.chosen.name} was chosen."

@@ -265,7 +265,10 @@ def test_page_is_self_contained():
     html = render_page(EXTREMES["forty"])
     page = Page(html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
-    assert not {name for _, attributes in page.tags for name in attributes} & {"src", "href", "style", "srcset", "action"}
+    assert not {name for _, attributes in page.tags for name in attributes} & {"src", "style", "srcset", "action"}
+    links = [attributes["href"] for _, attributes in page.tags if "href" in attributes]
+    assert links
+    assert set(links) <= {f"#{attributes.get('id')}" for _, attributes in page.tags}
     assert "url(" not in html
     assert "@import" not in html
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")

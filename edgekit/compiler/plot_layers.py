@@ -1,4 +1,4 @@
-"""Plots of what the search learned: sensitivity, waterfall, ranges and plain lengths. The same rules as in ``plot``.
+"""Plots with a row a layer, tensor or operator: sensitivity, waterfall, ranges and lengths. The same rules as in ``plot``.
 
 Values that lie beyond an axis are cut at its end and end in an arrow; what is not finite is not given to these functions.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgekit.compiler.markup import Markup, element
 from edgekit.compiler.plot import Scale, draw
-from edgekit.compiler.plot_rows import Format, _axis, _Frame, _frame
+from edgekit.compiler.plot_rows import Format, Frame, axis, frame_of
 
 WIDE_PX = 900
 """From this width on a row's ``extra`` words stand behind its note."""
@@ -74,9 +74,9 @@ class Length(Row):
 
 def hurt_bars(rows: Sequence[Hurt], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """A bar to the SQNR of the layer alone, and a mark for each of its parts; the axis follows the bars, not the marks."""
-    frame = _frame_of(rows, width)
-    scale = _scale(frame, *hurt_ends(rows))
-    parts = _axis(frame, scale, title, format_tick)
+    frame = _rows(rows, width)
+    scale = _scale(frame, *_hurt_ends(rows))
+    parts = axis(frame, scale, title, format_tick)
     parts.append(_upright(scale(0.0), frame))
     for index, row in enumerate(rows):
         y = frame.middle(index)
@@ -87,8 +87,14 @@ def hurt_bars(rows: Sequence[Hurt], *, title: str, format_tick: Format, width: i
     return draw(width, frame.bottom + 44, label, [*parts, *_texts(frame, rows, width)])
 
 
-def hurt_ends(rows: Sequence[Hurt]) -> tuple[float, float]:
-    """The axis of :func:`hurt_bars`: all bars, and those marks that are not far beyond the longest bar."""
+def is_beyond(rows: Sequence[Hurt]) -> bool:
+    """Whether :func:`hurt_bars` draws an arrow for a mark beyond its axis."""
+    low, high = _with_air(*_hurt_ends(rows))
+    return any(not low <= value <= high for row in rows for value in row.marks)
+
+
+def _hurt_ends(rows: Sequence[Hurt]) -> tuple[float, float]:
+    """All bars, and those marks that are not far beyond the longest bar."""
     longest = max([1.0, *(row.value for row in rows)])
     furthest = max((value for row in rows for value in row.marks), default=0.0)
     return min([0.0, *(row.value for row in rows)]), max(longest, min(furthest, 1.5 * longest))
@@ -96,9 +102,10 @@ def hurt_ends(rows: Sequence[Hurt]) -> tuple[float, float]:
 
 def waterfall(rows: Sequence[Fall], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """Bars that hang where the one before ended; savings point left, costs point right and are hollow."""
-    frame = _frame_of(rows, width)
+    frame = _rows(rows, width)
     scale = _scale(frame, 0.0, max((max(row.start, row.end) for row in rows), default=1.0))
-    parts = [*_axis(frame, scale, title, format_tick), _upright(scale(0.0), frame)]
+    totals = [index for index, row in enumerate(rows) if row.kind == "total"]
+    parts = [*axis(frame, scale, title, format_tick), _upright(scale(0.0), frame, totals)]
     for index, row in enumerate(rows):
         y = frame.middle(index)
         if index + 1 < len(rows):
@@ -113,11 +120,11 @@ def waterfall(rows: Sequence[Fall], *, title: str, format_tick: Format, width: i
 
 def range_bars(rows: Sequence[Range], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """The seen range as a pale bar from 0 to 1, the chosen one as a dark bar inside or beyond it, a stroke where 0 lies."""
-    frame = _frame_of(rows, width)
+    frame = _rows(rows, width)
     low = max(min([0.0, *(row.low for row in rows)]), -FURTHEST_RANGE)
     high = min(max([1.0, *(row.high for row in rows)]), 1 + FURTHEST_RANGE)
     scale = _scale(frame, low, high)
-    parts = _axis(frame, scale, title, format_tick)
+    parts = axis(frame, scale, title, format_tick)
     for index, row in enumerate(rows):
         y = frame.middle(index)
         start, end = (min(max(value, low), high) for value in (row.low, row.high))
@@ -131,9 +138,9 @@ def range_bars(rows: Sequence[Range], *, title: str, format_tick: Format, width:
 
 def lengths(rows: Sequence[Length], *, title: str, format_tick: Format, width: int, label: str) -> Markup:
     """Plain bars from 0."""
-    frame = _frame_of(rows, width)
+    frame = _rows(rows, width)
     scale = _scale(frame, 0.0, max((row.value for row in rows), default=1.0))
-    parts = [*_axis(frame, scale, title, format_tick), _upright(scale(0.0), frame)]
+    parts = [*axis(frame, scale, title, format_tick), _upright(scale(0.0), frame)]
     for index, row in enumerate(rows):
         bar = _bar((0.0, row.value), frame.middle(index), 6, scale, "length")
         parts.append(_group(row, "plain", bar))
@@ -151,35 +158,39 @@ def mark(name: str, x: float, y: float) -> Markup:
             return element("path", d=f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8", class_="part")
 
 
-def _frame_of(rows: Sequence[Row], width: int) -> _Frame:
+def _rows(rows: Sequence[Row], width: int) -> Frame:
     """With a little more room for names than their count of characters asks: fonts differ."""
-    return _frame(width, [f"{row.name}  " for row in rows], [_note(row, width) for row in rows], has_sign=False)
+    return frame_of(width, [f"{row.name}  " for row in rows], [_note(row, width) for row in rows], has_sign=False)
 
 
 def _note(row: Row, width: int) -> str:
     return f"{row.note}{row.extra}" if width >= WIDE_PX else row.note
 
 
-def _texts(frame: _Frame, rows: Sequence[Row], width: int) -> list[Markup]:
+def _texts(frame: Frame, rows: Sequence[Row], width: int) -> list[Markup]:
     """Names and notes, to be drawn above all else."""
     return [part for index, row in enumerate(rows) for part in frame.texts(index, row.name, _note(row, width), row.kind)]
 
 
-def _scale(frame: _Frame, low: float, high: float) -> Scale:
-    """With a little air at the end that is not 0."""
+def _scale(frame: Frame, low: float, high: float) -> Scale:
+    return Scale(*_with_air(low, high), frame.left, frame.right)
+
+
+def _with_air(low: float, high: float) -> tuple[float, float]:
+    """A little air at the end that is not 0."""
     top = high if high > low else low + 1.0
-    return Scale(low * AIR, low + (top - low) * AIR, frame.left, frame.right)
+    return low * AIR, low + (top - low) * AIR
 
 
 def _group(row: Row, class_: str, *parts: Markup | None) -> Markup:
     return element("g", element("title", row.title), *parts, class_=f"{class_} {row.kind}")
 
 
-def _upright(x: float, frame: _Frame) -> Markup:
-    """The line that bars stand on; on a phone it leaves out the names, which stand above their bars."""
+def _upright(x: float, frame: Frame, rows: Sequence[int] | None = None) -> Markup:
+    """The line that bars stand on; on a phone only beside those ``rows``, since names stand above their bars."""
     if not frame.is_narrow:
         return element("path", d=f"M{x:.1f} {TOP}V{frame.bottom:g}", class_="axis")
-    strokes = "".join(f"M{x:.1f} {frame.middle(index) - 9:g}v18" for index in range(frame.count))
+    strokes = "".join(f"M{x:.1f} {frame.middle(index) - 9:g}v18" for index in (range(frame.count) if rows is None else rows))
     return element("path", d=strokes, class_="axis")
 
 
