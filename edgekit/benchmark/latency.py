@@ -2,9 +2,13 @@
 
 Every round runs each model once, in an order drawn anew, so that whatever the machine does meanwhile (other processes,
 frequency, heat) falls on all alike. The baseline takes part twice, the second time as a session of its own where the caller
-gives a twin (two sessions of one file differ by a percent: they lie elsewhere in memory); what the two differ by is the noise
-floor. Ratios are of medians over the same rounds, with a paired bootstrap interval (Efron and Tibshirani, "An Introduction
-to the Bootstrap", 1993, percentile method). Timings exclude the first runs, until the median settles.
+gives a twin (two sessions of one file differ by a percent: they lie elsewhere in memory); what the two may differ by, the
+97.5 % bootstrap bound, is the noise floor. Ratios are of medians over the same rounds, with a paired bootstrap interval (Efron
+and Tibshirani, "An Introduction to the Bootstrap", 1993, percentile method). Timings exclude the first runs, until the median
+settles.
+
+With several threads a runtime's workers go on spinning after a request (ONNX Runtime's for some 30 ms), on the CPUs that the
+next session needs: :func:`let_workers_rest` waits for them.
 
     >>> from edgekit.benchmark.latency import measure
     >>> measure({"fp32": a, "int8": b}, feeds, baseline="fp32", is_on_target=True, threads=1)  # doctest: +SKIP
@@ -30,6 +34,7 @@ Progress = Callable[[str, float], None]
 Times = NDArray[np.float64]
 
 WARMUP_WINDOW = 8
+WARMUP_WINDOWS = 3
 WARMUP_TOLERANCE = 0.02
 MAX_WARMUP_SECONDS = 2.0
 MAX_ROUNDS = 20_000
@@ -37,7 +42,18 @@ RESAMPLES = 1000
 BLOCK = 1_000_000
 MIN_NOISE = 0.01
 """Two sessions of the very same file differ by up to a percent; less is never a difference."""
+REST_STEP_SECONDS = 0.0002
+MAX_REST_SECONDS = 0.2
+MAX_REST_SHARE = 0.2
 _TWIN = "\0twin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """How many runs a session was warmed up with, and whether its median settled; None where too few runs fit to tell."""
+
+    runs: int
+    is_settled: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,17 @@ class Timings:
     runs: dict[str, Times]
     twin: Times
     warmup_runs: dict[str, int]
+    unsettled: tuple[str, ...] = ()
+    """Models whose warm-up ran out of time before the median settled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Ratio of the baseline's medians in the second and the first half of the rounds, with a 95 % bootstrap interval."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 def _time_once(session: Session, feeds: Mapping[str, Array]) -> float:
@@ -56,22 +83,41 @@ def _time_once(session: Session, feeds: Mapping[str, Array]) -> float:
 
 
 def warm_up(session: Session, feeds: Mapping[str, Array]) -> int:
-    """Run until the median of the last runs is within 2 % of that of the runs before, or for two seconds.
+    """Run until the median settles, see :func:`settle`.
 
     Returns:
         How many runs it took.
     """
+    return settle(session, feeds).runs
+
+
+def settle(session: Session, feeds: Mapping[str, Array]) -> WarmUp:
+    """Run until the medians of three windows of eight runs in a row lie within 2 %, or for two seconds."""
     times: list[float] = []
     deadline = time.perf_counter() + MAX_WARMUP_SECONDS
     while True:
         times.append(_time_once(session, feeds))
-        if len(times) >= 2 * WARMUP_WINDOW:
-            before = float(np.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW]))
-            now = float(np.median(times[-WARMUP_WINDOW:]))
-            if abs(now - before) <= WARMUP_TOLERANCE * before:
-                return len(times)
+        is_full = len(times) >= WARMUP_WINDOWS * WARMUP_WINDOW
+        if is_full and _is_stable(times[-WARMUP_WINDOWS * WARMUP_WINDOW :]):
+            return WarmUp(runs=len(times), is_settled=True)
         if time.perf_counter() > deadline and len(times) >= 2:
-            return len(times)
+            return WarmUp(runs=len(times), is_settled=False if is_full else None)
+
+
+def _is_stable(times: list[float]) -> bool:
+    medians = np.median(np.reshape(times, (WARMUP_WINDOWS, WARMUP_WINDOW)), axis=1)
+    return bool(medians.max() - medians.min() <= WARMUP_TOLERANCE * medians.min())
+
+
+def let_workers_rest() -> None:
+    """Wait until other threads of this process use little of a CPU, 0.2 s at the most."""
+    deadline = time.perf_counter() + MAX_REST_SECONDS
+    while True:
+        started, used = time.perf_counter(), time.process_time() - time.thread_time()
+        time.sleep(REST_STEP_SECONDS)
+        now = time.perf_counter()
+        if time.process_time() - time.thread_time() - used <= MAX_REST_SHARE * (now - started) or now > deadline:
+            return
 
 
 def collect(
@@ -85,6 +131,8 @@ def collect(
     min_runs: int,
     seed: int,
     on_progress: Progress | None = None,
+    on_start: Callable[[], None] | None = None,
+    before_each: Callable[[], None] | None = None,
 ) -> Timings:
     """Warm every session up, then time them round by round.
 
@@ -98,13 +146,17 @@ def collect(
         min_runs: at least so many rounds, whatever they take.
         seed: draws the order within the rounds.
         on_progress: called now and then with a text and the fraction done.
+        on_start: called between the warm-up and the first round.
+        before_each: called before each single run, outside of its time.
     """
     requests = requests or {}
     entries = [(name, session, requests.get(name, feeds)) for name, session in sessions.items()]
-    warmups = {name: warm_up(session, request) for name, session, request in entries}
+    warmups = {name: settle(session, request) for name, session, request in entries}
     entries.append((_TWIN, twin or sessions[baseline], requests.get(baseline, feeds)))
     if twin:
         warm_up(*entries[-1][1:])
+    if on_start:
+        on_start()
     rows: list[list[float]] = []
     generator = np.random.default_rng(seed)
     started = time.perf_counter()
@@ -112,6 +164,8 @@ def collect(
     while len(rows) < MAX_ROUNDS:
         row = [0.0] * len(entries)
         for position in generator.permutation(len(entries)):
+            if before_each:
+                before_each()
             row[position] = _time_once(*entries[position][1:])
         rows.append(row)
         spent = time.perf_counter() - started
@@ -121,7 +175,12 @@ def collect(
             on_progress(f"timing {len(sessions)} models", min(1.0, max(spent / budget, 0.0)))
     table = np.asarray(rows, dtype=np.float64)
     runs = {name: table[:, i] for i, (name, _session, _request) in enumerate(entries) if name != _TWIN}
-    return Timings(runs=runs, twin=table[:, -1], warmup_runs=warmups)
+    return Timings(
+        runs=runs,
+        twin=table[:, -1],
+        warmup_runs={name: found.runs for name, found in warmups.items()},
+        unsettled=tuple(name for name, found in warmups.items() if found.is_settled is False),
+    )
 
 
 def bootstrap_medians(samples: Times, *, seed: int) -> Times:
@@ -200,9 +259,41 @@ def measure(
         seed=seed,
         on_progress=on_progress,
     )
+    return summarize(timings, sessions, baseline=baseline, is_on_target=is_on_target, threads=threads, seed=seed)
+
+
+def noise_floor(runs: Times, twin: Times, *, seed: int) -> float:
+    """How far apart two sessions of one model may lie: the 97.5 % bootstrap bound of |ratio of medians - 1|.
+
+    Args:
+        runs: float64 [rounds], milliseconds.
+        twin: float64 [rounds], the other session in the same rounds.
+        seed: draws the resamples.
+    """
+    resampled = bootstrap_medians(np.stack([runs, twin], axis=1), seed=seed)
+    return float(np.percentile(np.abs(resampled[:, 0] / resampled[:, 1] - 1.0), 97.5))
+
+
+def drift_of(runs: Times, *, seed: int) -> Drift:
+    """How a model's time changed over the run.
+
+    Args:
+        runs: float64 [rounds], milliseconds, in order; two rounds at least.
+        seed: draws the resamples.
+    """
+    middle = len(runs) // 2
+    halves = [bootstrap_medians(half[:, None], seed=seed + i)[:, 0] for i, half in enumerate((runs[:middle], runs[middle:]))]
+    low, high = _interval(halves[1] / halves[0])
+    return Drift(ratio=float(np.median(runs[middle:]) / np.median(runs[:middle])), low=low, high=high)
+
+
+def summarize(
+    timings: Timings, sessions: Mapping[str, Session], *, baseline: str, is_on_target: bool, threads: int, seed: int
+) -> dict[str, LatencyReport]:
+    """The figures of what :func:`collect` timed; arguments and result as of :func:`measure`."""
     names = list(timings.runs)
     samples = np.stack([timings.runs[name] for name in names], axis=1)
-    noise = abs(float(np.median(timings.runs[baseline]) / np.median(timings.twin)) - 1.0)
+    noise = noise_floor(timings.runs[baseline], timings.twin, seed=seed)
     resampled = bootstrap_medians(samples, seed=seed)
     base = names.index(baseline)
     base_median = float(np.median(samples[:, base]))
@@ -228,6 +319,7 @@ def measure(
             ratio=None if is_baseline else p50 / base_median,
             ratio_low=None if is_baseline else ratio_low,
             ratio_high=None if is_baseline else ratio_high,
+            is_settled=name not in timings.unsettled,
         )
     return reports
 

@@ -41,11 +41,14 @@ class LatencyReport(Record, frozen=True, kw_only=True):
     p50_low_ms: float
     p50_high_ms: float
     noise: float
-    """Relative noise floor: |median(A) / median(A') - 1| of the baseline against itself in the same run."""
+    """Relative noise floor: the 97.5 % bootstrap bound of |median(A) / median(A') - 1|, the baseline against a second session
+    of itself in the same run."""
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
     peak_rss_mb: float | None = None
+    is_settled: bool = True
+    """False when the warm-up ran out of time before the median settled."""
 
 
 class EvalReport(Record, frozen=True, kw_only=True):
