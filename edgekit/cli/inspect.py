@@ -44,12 +44,16 @@ def inspect(
     threads: int = typer.Option(1, "--threads", min=1, help="Intra-op threads."),
     has_nodes: bool = typer.Option(False, "--nodes", help="List every node that ran."),
     is_strict: bool = typer.Option(False, "--strict", help="Exit 1 when anything is found."),
+    repaired: Path | None = typer.Option(
+        None, "--repaired", help="Write a model with what can be mended, .onnx.", show_default=False
+    ),
     is_json: bool = typer.Option(False, "--json", help="Print the audit as JSON."),
 ) -> int:
     """Show what ONNX Runtime really runs for MODEL on this host, after its own optimization, and what it costs.
 
     Findings: layers that the file quantizes and that run in float32 all the same, and why; conversions back and forth;
-    conversions that take more than 3 % of the time; operators that ONNX Runtime does not have. Each with its repair.
+    conversions that take more than 3 % of the time; operators that ONNX Runtime does not have. Each with its repair; those that
+    need no new data are made with --repaired.
 
     The times are those of ONNX Runtime's profiler, which adds one or two microseconds to each node: what share a part has, not
     how fast the model is. For that use "edgekit benchmark".
@@ -77,10 +81,30 @@ def inspect(
         if has_nodes:
             _print_nodes(audit)
         _print_findings(audit)
+    if repaired is not None:
+        _write_repaired(model, audit, repaired)
     if is_strict and audit.findings:
         note(f"--strict: {_count(len(audit.findings), 'finding')}", "red")
         return 1
     return ArtifactError.exit_code if audit.total_ms is None else 0
+
+
+def _write_repaired(model: Path, audit: RuntimeAudit, path: Path) -> None:
+    from edgekit.compiler.graph import read_onnx
+    from edgekit.compiler.repair import repair_fully
+    from edgekit.durable import write_durably
+
+    if path.suffix != ".onnx" or path.resolve() == model.resolve():
+        raise UsageError(
+            "inspect.repaired", f"--repaired {path}: name another file that ends in .onnx.", hint="The model stays as it is."
+        )
+    proto, done = repair_fully(read_onnx(model), audit)
+    if not done:
+        note("nothing was found that can be mended in the file: nothing written")
+        return
+    write_durably(path, proto.SerializeToString())
+    note(f"wrote {path}: {'; '.join(done)}", "green")
+    note(f"compare them: edgekit benchmark {model} {path}")
 
 
 def _take_request(model: Path, data: str | None, threads: int) -> dict[str, Array] | None:

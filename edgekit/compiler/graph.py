@@ -295,7 +295,7 @@ def clean(proto: ModelProto, feeds: dict[str, Array]) -> tuple[ModelProto, tuple
                 changed = seal(step(_copy(current)))
             if _is_unchanged(current, changed):
                 continue
-            _check_same(expected, run_once(changed, feeds))
+            check_same(expected, run_once(changed, feeds))
         except Exception as error:  # noqa: BLE001  foreign optimizers raise anything; the model before the step stands
             logger.debug("graph step left out step=%s reason=%s", name, error)
             notes.append(f"step {name} left out: {_one_line(error)}")
@@ -543,7 +543,12 @@ TOLERANCE = 1e-3
 """Of the output's range: fp32 sums in another order differ by 1e-7 to 1e-5, a wrong rewrite by the range itself."""
 
 
-def _check_same(expected: Sequence[Array], found: Sequence[Array]) -> None:
+def check_same(expected: Sequence[Array], found: Sequence[Array]) -> None:
+    """Refuse outputs that differ by more than rounding.
+
+    Raises:
+        ArtifactError: ``model.changed``.
+    """
     for index, (left, right) in enumerate(zip(expected, found, strict=True)):
         if left.shape != right.shape or left.dtype != right.dtype:
             raise ArtifactError("model.changed", f"output {index} changed from {left.shape} to {right.shape}")

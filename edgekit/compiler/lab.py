@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.compiler.adaround import ITERATIONS
 from edgekit.compiler.calibration import (
     METHODS,
     Method,
@@ -27,11 +28,20 @@ from edgekit.compiler.calibration import (
 from edgekit.compiler.costs import Costs, measure_costs
 from edgekit.compiler.findings import LadderStep, LayerSensitivity, TensorRange
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, write_qdq
-from edgekit.compiler.refine import Overrides, Setting, apply, correct_biases, fit_scales, round_with_feedback
+from edgekit.compiler.refine import (
+    Overrides,
+    Setting,
+    apply,
+    correct_biases,
+    fit_scales,
+    learn_roundings,
+    round_with_feedback,
+)
 from edgekit.compiler.simulate import BATCH_SIZE, Simulator, decibels
 from edgekit.compiler.solve import Choice, Wiring, choose, wire
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError
+from edgekit.runtime.parallel import in_order
 from edgekit.schema.target import Int8Rules
 
 if TYPE_CHECKING:
@@ -41,15 +51,22 @@ Array = NDArray[Any]
 Tell = Callable[[str, float], None]
 BATCH_BYTES = 64 * 2**20
 """All activations of one batch of a simulation."""
+OUTPUT_SUFFIX = "_QuantizeLinear_Input"
 POOL = 64
 """Calibration samples out of which the worst-degraded are ranked on."""
 RANKED = 32
 JUDGED = 24
+DISABLED = 40
+"""Layers that go back to float32 one by one, for the report."""
 GAIN_DB = 0.05
 """A step must gain this much on samples it has not seen."""
 MIN_RELATIVE_GAIN = 0.95
 """Another calibrator must bring a tensor's noise below this share of min-max's."""
 STEPS = ("calibrator", "scales", "feedback", "bias")
+ADAROUND = ("adaround", "bias")
+"""What may come after the ladder where the quality still fails: AdaRound, then the biases that fit its weights."""
+LEARNED_PER_SECOND = 1.5e10
+"""Products a second, roughly: how long AdaRound takes is told before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +114,7 @@ class Lab:
         self.units = self.simulator.units
         self.wiring: Wiring = wire(self.proto, self.units)
         self.sensitivity: dict[str, float] = {}
+        self.disabled: dict[str, float] = {}
         self._replayed: dict[tuple[Any, ...], Overrides] = {}
 
     def _collect(self) -> dict[str, Statistics]:
@@ -136,6 +154,10 @@ class Lab:
         model = write_qdq(self.proto, self.plan(methods, sorted(name for name in self.units if name not in chosen)))
         apply(model, overrides, self.originals)
         return model
+
+    def seen(self, tensor: str) -> Statistics:
+        """Statistics of a tensor; the quantizer gives what a quantized output of the model is made from a name of its own."""
+        return self.statistics[tensor.removesuffix(OUTPUT_SUFFIX)]
 
     # --- samples ----------------------------------------------------------------------------------------------------------
 
@@ -183,6 +205,25 @@ class Lab:
             self.sensitivity[name] = noise
             self.tell("sensitivity after the ladder", index / len(names))
 
+    def sweep_disabled(self, int8: Iterable[str], climbed: Climb | None, deadline: float) -> None:
+        """Measure the noise of these units in int8 with one of them back in float32, for each of the worst layers."""
+        chosen = frozenset(int8)
+        overrides = self.replay(climbed.units, climbed.methods, climbed.steps) if climbed else {}
+        share = {name: sum(self.sensitivity.get(each, 0.0) for each in self.units[name].switches) for name in chosen}
+        worst = sorted(chosen, key=lambda name: (-share[name], name))[:DISABLED]
+
+        def measure(name: str) -> tuple[str, float]:
+            switches = self.simulator.switches_of(chosen - {name})
+            return name, self.simulator.noise_of(self.simulator.outputs(switches, overrides, workers=1))
+
+        self.simulator.noise(
+            self.simulator.switches_of(chosen), overrides
+        )  # rounds the weights before several threads need them
+        waiting = (name for name in worst if time.monotonic() <= deadline)
+        for index, (name, noise) in enumerate(in_order(measure, waiting)):
+            self.disabled[name] = noise
+            self.tell("sensitivity: all but one layer in int8", index / max(1, len(worst)))
+
     def describe(self, int8: Iterable[str], planned: Choice) -> Choice:
         """A choice of these units with its predicted noise; the saving is that of the plan it came from."""
         units = frozenset(int8)
@@ -207,14 +248,34 @@ class Lab:
 
     # --- the ladder -------------------------------------------------------------------------------------------------------
 
-    def climb(self, int8: Iterable[str], steps: Iterable[str], deadline: float = float("inf")) -> Climb:
-        """Walk up the ladder with these units in int8; a step stays only if it gains on samples it has not seen."""
-        units, wanted = frozenset(int8), tuple(steps)
+    def seconds_of_adaround(self, int8: Iterable[str]) -> float:
+        """How long AdaRound of these units would take, roughly."""
+        units = set(int8)
+        weights = [item for item in self.graph.weights() if item.layer in units]
+        sizes = [self.graph.array(item.values).shape for item in weights]
+        products = sum(
+            float(np.prod(shape)) * (np.prod(shape[1:]) if item.op_type == "Conv" else max(shape))
+            for item, shape in zip(weights, sizes, strict=True)
+        )
+        return products * ITERATIONS / LEARNED_PER_SECOND
+
+    def climb(
+        self, int8: Iterable[str], steps: Iterable[str], deadline: float = float("inf"), start: Climb | None = None
+    ) -> Climb:
+        """Walk up the ladder with these units in int8; a step stays only if it gains on samples it has not seen.
+
+        Args:
+            int8: the units.
+            steps: what is tried, in this order.
+            deadline: on the monotonic clock; what comes later is left out.
+            start: goes on from there, with its units.
+        """
+        units, wanted = start.units if start else frozenset(int8), tuple(steps)
         switches = self.simulator.switches_of(units)
-        methods: dict[str, Method] = {}
-        kept: list[str] = []
-        ladder: list[LadderStep] = []
-        best = self.judge.noise(switches) if wanted else 0.0
+        methods: dict[str, Method] = dict(start.methods) if start else {}
+        kept: list[str] = list(start.steps) if start else []
+        ladder: list[LadderStep] = list(start.ladder) if start else []
+        best = start.noise if start else self.judge.noise(switches) if wanted else 0.0
         for place, name in enumerate(wanted):
             if time.monotonic() > deadline:
                 ladder.append(LadderStep(name=name, is_kept=False, reason="the time limit came first"))
@@ -252,7 +313,7 @@ class Lab:
         if not wanted:
             overrides: Overrides = {}
             for name, method in methods.items():
-                overrides.update(self._activation(name, self.statistics[name].range_by(method)))
+                overrides.update(self._activation(name, self.seen(name).range_by(method)))
         else:
             overrides = dict(self.replay(units, methods, wanted[:-1]))
             overrides.update(self._step(wanted[-1], units, overrides))
@@ -275,10 +336,14 @@ class Lab:
                 return fit_scales(self.graph, self.originals, layers)
             case "feedback":
                 return round_with_feedback(setting)
+            case "adaround":
+                return learn_roundings(setting)
             case "bias":
                 return correct_biases(setting)
             case _:
-                raise ArtifactError("quantization.step_unknown", f"{name}: no such step.", hint=f"Steps: {', '.join(STEPS)}.")
+                raise ArtifactError(
+                    "quantization.step_unknown", f"{name}: no such step.", hint=f"Steps: {', '.join((*STEPS, 'adaround'))}."
+                )
 
     def _pick_methods(self, switches: frozenset[str]) -> dict[str, Method]:
         """The calibrator of each tensor: the one with the least noise at the model's output, tried one tensor at a time."""
@@ -287,9 +352,9 @@ class Lab:
         tensors.sort(key=lambda name: -self.sensitivity.get(name, 0.0))
         for name in tensors[: max(8, len(tensors) // 4)]:
             best = self.sensitivity.get(name) or self.simulator.noise({name})
-            seen = self.statistics[name].range_by("minmax")
+            seen = self.seen(name).range_by("minmax")
             for method in METHODS[1:]:
-                ends = self.statistics[name].range_by(method)
+                ends = self.seen(name).range_by(method)
                 trial = self._activation(name, ends) if ends != seen else {}
                 noise = self.simulator.noise({name}, trial) if trial else np.inf
                 if noise < best * MIN_RELATIVE_GAIN:
@@ -333,6 +398,7 @@ class Lab:
                     enable_one_db=decibels(activations + weights),
                     weights_only_db=decibels(weights) if unit.weights else None,
                     activations_only_db=decibels(activations),
+                    disable_one_db=decibels(self.disabled[unit.name]) if unit.name in self.disabled else None,
                     float_ms=cost.float_ms if cost else None,
                     int8_ms=cost.int8_ms if cost else None,
                     is_int8=unit.name in chosen,
@@ -346,7 +412,7 @@ class Lab:
         if not self.has_histograms:
             return ()
         for name in tensors:
-            item = self.statistics[name]
+            item = self.seen(name)
             low, high = item.range_by(methods.get(name, "minmax"))
             records.append(
                 TensorRange(

@@ -34,8 +34,9 @@ from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.output import LATENCY_TABLE, open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
-from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, Recipe
+from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, PassSpec, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
+from edgekit.compiler.repair import repair
 from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
 from edgekit.compiler.search import Search
 from edgekit.dataset.data import Dataset
@@ -134,8 +135,11 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
         findings = search.findings(judgement.chosen) if search else Findings()
         audits = _audits(prepared, candidates, {BASELINE, judgement.chosen})
-        findings = msgspec.structs.replace(findings, audits=audits)
-        result = _assemble(prepared, candidates, budget, judgement, findings, clock)
+        result = msgspec.structs.replace(
+            _assemble(prepared, candidates, budget, judgement, clock),
+            op_latency={name: _by_operator(audit) for name, audit in audits.items()},
+            findings=msgspec.structs.replace(findings, audits=audits),
+        )
         table = search.costs.table if search and search.costs else None
         write_output(prepared, candidates, result, table)
     finally:
@@ -291,6 +295,18 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         evaluator.evaluate(item)
         return item.failure is None and is_quality_met(_measured(item), budget)
 
+    def apply(spec: PassSpec) -> WorkModel:
+        made = run_step(spec.load(), optimized, prepared.context, prepared.cache, prepared.source.model.digest)
+        steps[(OPTIMIZE.describe(), spec.describe())] = made
+        return made
+
+    def needs_repair(recipe: Recipe) -> bool:
+        item = next(item for item in reversed(candidates) if item.name == recipe.name)
+        if item.model is None or item.session is None:
+            return False
+        audit = audit_runtime(item.model.path, None, threads=prepared.threads, is_timed=False)
+        return bool(repair(read_onnx(item.model.path), audit)[1])
+
     with opened(optimized.path, prepared.threads) as session:
         feeds = one_sample(session, prepared.evaluation)
     search = Search(
@@ -302,6 +318,9 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         if candidates[0].session
         else "",
         attempt=attempt,
+        run_pass=apply,
+        needs_repair=needs_repair,
+        is_on_target=prepared.is_on_target,
         deadline=clock.deadline(SEARCH_SHARE),
         table=prepared.latency_table,
         is_dynamic_worth=any(
@@ -424,9 +443,7 @@ def _measured(item: Made) -> Measured:
     )
 
 
-def _assemble(
-    prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, findings: Findings, clock: Clock
-) -> OptimizeResult:
+def _assemble(prepared: Prepared, candidates: list[Made], budget: Budget, judgement: Judgement, clock: Clock) -> OptimizeResult:
     now = datetime.now(UTC).replace(microsecond=0)
     records = {item.name: _record(prepared, item, judgement, now) for item in candidates}
     chosen = next(item for item in candidates if item.name == judgement.chosen)
@@ -443,8 +460,6 @@ def _assemble(
         seconds=clock.spent(),
         host=fingerprint(chosen.session.runtime, chosen.session.runtime_version),
         warnings=(*prepared.warnings, *_doubts(records[judgement.chosen])),
-        op_latency={name: _by_operator(audit) for name, audit in findings.audits.items()},
-        findings=findings,
     )
 
 

@@ -11,13 +11,14 @@ sequential bias correction (Nagel et al., "Data-Free Quantization", 2019, with m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.compiler.adaround import learn_rounding, output_error
 from edgekit.compiler.qdq import QdqGraph, QuantizedWeight, along
 from edgekit.compiler.simulate import Probe, Simulator
 
@@ -80,6 +81,26 @@ def fit_scales(graph: QdqGraph, originals: Mapping[str, Array], layers: Collecti
 
 def round_with_feedback(setting: Setting) -> Overrides:
     """Round the weights of each layer one input at a time; the error made so far is taken into the inputs still to come."""
+    return _round_again(setting, lambda _now, weights, steps, hessian, limit: _feed_back(weights, steps, hessian, limit))
+
+
+def learn_roundings(setting: Setting) -> Overrides:
+    """AdaRound of each layer; where its output error is no less than before, the layer keeps its integers."""
+
+    def learn(now: Array, weights: Array, steps: Array, hessian: Array, limit: int) -> Array:
+        learned = learn_rounding(weights, steps, hessian, limit)
+        is_better = output_error(learned, weights, steps, hessian) < output_error(now, weights, steps, hessian)
+        return learned if is_better else now
+
+    return _round_again(setting, learn)
+
+
+Rounding = Callable[[Array, Array, Array, Array, int], Array]
+"""Integers from integers so far, weights, steps [groups, outputs, k], Gram matrix of the inputs, and the largest integer."""
+
+
+def _round_again(setting: Setting, rounding: Rounding) -> Overrides:
+    """New integers for each layer, front to back."""
     graph, nodes = setting.graph, setting.nodes
     weights = [item for item in graph.weights() if item.layer in setting.layers and graph.array(item.values).dtype == np.int8]
     changed: Overrides = {}
@@ -90,10 +111,16 @@ def round_with_feedback(setting: Setting) -> Overrides:
             plain = setting.originals.get(item.values.removesuffix("_quantized"))
             if plain is None or item.layer not in hessians:
                 continue
+            stored = graph.array(item.values)
             scale = np.asarray(current.get(item.scale, graph.array(item.scale)), dtype=np.float64)
-            limit = max(64, int(np.abs(graph.array(item.values).astype(np.int32)).max(initial=1)))
+            limit = max(64, int(np.abs(stored.astype(np.int32)).max(initial=1)))
             steps = np.broadcast_to(along(scale, item.axis, plain.ndim), plain.shape).astype(np.float64)
-            changed[item.values] = _round_layer(plain, steps, nodes[item.layer], hessians[item.layer], limit)
+            now = np.asarray(current.get(item.values, stored), dtype=np.float64)
+            hessian = hessians[item.layer]
+            node, groups = nodes[item.layer], len(hessian)
+            before, exact = _flatten(now, node, groups), _flatten(plain.astype(np.float64), node, groups)
+            integers = rounding(before, exact, _flatten(steps, node, groups), hessian, limit)
+            changed[item.values] = _unflatten(integers, node, plain.shape)
     return changed
 
 
@@ -160,17 +187,23 @@ def _patches(
     return np.ascontiguousarray(rows.reshape(count, groups, -1).transpose(1, 0, 2))
 
 
-def _round_layer(plain: Array, steps: Array, node: NodeProto, hessian: Array, limit: int) -> NDArray[np.int8]:
-    """The layer's integers; ``plain`` and ``steps`` have the weights' shape."""
-    is_transposed = node.op_type == "MatMul" or (
+def _is_transposed(node: NodeProto) -> bool:
+    """Whether a layer's weights have their inputs first."""
+    return node.op_type == "MatMul" or (
         node.op_type == "Gemm" and not any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     )
-    weights = (plain.T if is_transposed else plain).astype(np.float64)
-    groups = hessian.shape[0]
-    flat = weights.reshape(groups, weights.shape[0] // groups, -1)
-    sizes = (steps.T if is_transposed else steps).reshape(flat.shape)
-    rounded = _feed_back(flat, sizes, hessian, limit).reshape(weights.shape)
-    return np.ascontiguousarray(rounded.T if is_transposed else rounded).astype(np.int8)
+
+
+def _flatten(values: Array, node: NodeProto, groups: int) -> Array:
+    """A tensor of the weights' shape as [groups, outputs, k]."""
+    rows = values.T if _is_transposed(node) else values
+    return rows.reshape(groups, rows.shape[0] // groups, -1)
+
+
+def _unflatten(integers: Array, node: NodeProto, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """[groups, outputs, k] in the weights' shape."""
+    values = integers.reshape(shape[::-1]).T if _is_transposed(node) else integers.reshape(shape)
+    return np.ascontiguousarray(values).astype(np.int8)
 
 
 def _feed_back(weights: Array, steps: Array, hessian: Array, limit: int) -> Array:
@@ -218,7 +251,7 @@ def correct_biases(setting: Setting) -> Overrides:
     for item in weights:
         found = feeds.means({item.layer: seen[item.layer]}, setting.switches, {**setting.overrides, **biases})
         name = nodes[item.layer].input[2]
-        current = setting.simulator.initializer(name)
+        current = setting.overrides.get(name, setting.simulator.initializer(name))
         shift = wanted[item.layer] - found[item.layer]
         if current is not None and current.shape == shift.shape and np.isfinite(shift).all():
             biases[name] = (current + shift).astype(np.float32)

@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekit.compiler.audit import NO_PAIR, UNSIGNED, graph_of, name_of
+from edgekit.compiler.audit import NO_PAIR, UNSIGNED, audit_runtime, graph_of, name_of
 from edgekit.compiler.findings import RuntimeAudit
 from edgekit.compiler.qdq import QdqGraph
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 SHIFT = 128
+MOST_ROUNDS = 3
+"""A repair can bring out the next finding: pairs are looked at only once the types are right."""
 
 
 def repair(proto: ModelProto, audit: RuntimeAudit) -> tuple[ModelProto, tuple[str, ...]]:
@@ -48,6 +52,31 @@ def repair(proto: ModelProto, audit: RuntimeAudit) -> tuple[ModelProto, tuple[st
         f"pairs between two float32 sides removed: {removed}": removed,
     }
     return result, tuple(text for text, count in notes.items() if count)
+
+
+def repair_fully(proto: ModelProto, audit: RuntimeAudit | None = None) -> tuple[ModelProto, tuple[str, ...]]:
+    """Repair, audit the result without running it, repair again, until nothing is found; what was done in all.
+
+    Args:
+        proto: a model in QDQ form; it is not changed.
+        audit: of that model, where there is one already.
+
+    Raises:
+        ArtifactError: ``model.unloadable`` when the runtime refuses the model.
+    """
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="edgekit-repair-") as folder:
+        path = Path(folder) / "model.onnx"
+        for _ in range(MOST_ROUNDS):
+            if audit is None:
+                path.write_bytes(proto.SerializeToString())
+                audit = audit_runtime(path, None, is_timed=False)
+            proto, done = repair(proto, audit)
+            if not done:
+                break
+            notes.extend(done)
+            audit = None
+    return proto, tuple(notes)
 
 
 def _make_unsigned(proto: ModelProto) -> int:

@@ -3,8 +3,9 @@
 It starts where the fixed candidates end, from the optimized float32 model:
 
 1. costs of every node in both forms, and the noise of every quantizer alone, on the samples that int8 degrades most;
-2. ``int8-mixed``: the fastest choice of nodes by integer program, refined up the ladder;
-3. where that misses the accuracy of the budget, ``int8-guarded``: the limit of predicted noise is halved and doubled along the
+2. ``int8-mixed``: the fastest choice of nodes by integer program, on channels scaled between layers where that gains, refined
+   up the ladder; AdaRound where it still misses the accuracy of the budget and the time is there;
+3. where that misses too, ``int8-guarded``: the limit of predicted noise is halved and doubled along the
    cumulative list until the fastest choice is found whose measured quality meets the budget. Each trial is a choice of its own,
    so that nodes come back to int8 when others pay for them better.
 
@@ -29,15 +30,17 @@ from numpy.typing import NDArray
 from edgekit.benchmark.latency import compare, measure
 from edgekit.compiler.calibration import fixed_batch, whole_batches
 from edgekit.compiler.costs import Costs, LatencyTable, costs_from_table
+from edgekit.compiler.equalize import find_folds
 from edgekit.compiler.findings import Findings, LadderStep, LayerSaturation
 from edgekit.compiler.graph import encode, open_plain, read_onnx
-from edgekit.compiler.lab import STEPS, Climb, Lab
+from edgekit.compiler.lab import ADAROUND, GAIN_DB, STEPS, Climb, Lab
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write_dynamic
 from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
 from edgekit.compiler.passes.on_onnx.quantize_static import edge_layers, find_quantization_obstacle
-from edgekit.compiler.passes.registry import DYNAMIC, OPTIMIZE, PLANNED, PassSpec, Recipe
+from edgekit.compiler.passes.registry import DYNAMIC, EQUALIZE, OPTIMIZE, PLANNED, REPAIR, PassSpec, Recipe
 from edgekit.compiler.saturation import count_saturation
+from edgekit.compiler.simulate import decibels
 from edgekit.compiler.solve import Choice
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.runtime.parallel import in_order
@@ -53,6 +56,10 @@ DOT_PRODUCT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 SWEEP_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 120.0}
 LADDER: dict[Effort, tuple[str, ...]] = {"fast": (), "default": STEPS, "max": STEPS}
 TRIALS: dict[Effort, int] = {"fast": 0, "default": 6, "max": 9}
+STRENGTHS: dict[Effort, tuple[float, ...]] = {"fast": (), "default": (0.5,), "max": (0.25, 0.5, 0.75)}
+"""Of SmoothQuant."""
+ADAROUND_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 300.0}
+DISABLE_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 5.0, "max": 30.0}
 LOWEST_SHARE = 0.01
 """The smallest limit of noise that is tried, as a share of the noise of the fastest choice."""
 Array = NDArray[Any]
@@ -130,13 +137,21 @@ class Search:
     threads: int
     host: str
     attempt: Try
+    run_pass: Callable[[PassSpec], WorkModel]
+    """Run a pass on ``model``, or take what it made before."""
     deadline: float = float("inf")
+    needs_repair: Callable[[Recipe], bool] = lambda _recipe: False
+    """Whether the runtime's graph of a recipe's model shows something that can be repaired."""
+    is_on_target: bool = True
     table: LatencyTable | None = None
     is_dynamic_worth: bool = False
     """Whether dynamic int8 was made, and misses the quality of the budget."""
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     climbed: Climb | None = None
+    before: tuple[PassSpec, ...] = ()
+    """Passes between the optimized model and the quantization."""
+    equalizations: list[LadderStep] = field(default_factory=list)
     saturation: tuple[LayerSaturation, ...] = ()
     seven_bit: tuple[str, ...] = ()
     lab: Lab | None = None
@@ -144,10 +159,12 @@ class Search:
 
     def run(self) -> None:
         """Search until done or late; nothing that goes wrong here ends the run, the fixed candidates stand."""
-        if obstacle := find_quantization_obstacle(self.model):
-            self.notes.append(f"no search for mixed precision: {obstacle}")
-            return
+        obstacle = find_quantization_obstacle(self.model)
         try:
+            if obstacle:
+                self.notes.append(f"no search for mixed precision: {obstacle}")
+                self._repair(Recipe(name="fp32-optimized", purpose="", passes=(OPTIMIZE,)))
+                return
             self._explore()
             self._explore_dynamic()
         except Exception as error:
@@ -156,18 +173,10 @@ class Search:
 
     def _explore(self) -> None:
         effort = self.context.effort
-        rules = self.context.target.int8
-        lab = self.lab = open_lab(
-            read_onnx(self.model.path),
-            self.context,
-            is_per_channel=rules.per_channel,
-            reduce_range=False,  # where it matters, single layers are narrowed instead
-            sweep_seconds=SWEEP_SECONDS[effort],
-            threads=self.threads,
-            host=self.host,
-        )
+        lab = self.lab = self._open(read_onnx(self.model.path))
         if not lab.units or self._is_late():
             return
+        lab = self.lab = self._equalize(lab)
         costs = self.costs = self._find_costs(lab)
         if SWEEP_SECONDS[effort] and not lab.sweep(min(self.deadline, time.monotonic() + 3 * SWEEP_SECONDS[effort])):
             self.notes.append("the sensitivity of some layers was estimated: the time was not enough to measure all")
@@ -181,9 +190,78 @@ class Search:
             return
         self.climbed = lab.climb(fastest.int8, LADDER[effort], self.deadline)
         self._count_saturation(lab, fastest)
-        if self._try("int8-mixed", "int8 where it pays in milliseconds, refined", fastest) or not TRIALS[effort]:
+        is_good = self._try("int8-mixed", "int8 where it pays in milliseconds, refined", fastest)
+        if not TRIALS[effort]:
             return
-        self._guard(lab, costs, fastest)
+        if not is_good and not self._learn_rounding(lab, fastest):
+            self._guard(lab, costs, fastest)
+        lab.sweep_disabled(fastest.int8, self.climbed, min(self.deadline, time.monotonic() + DISABLE_SECONDS[effort]))
+
+    def _equalize(self, lab: Lab) -> Lab:
+        """Scale channels between layers where that gains on samples that nothing was made from; else the lab as it was."""
+        effort, is_per_channel = self.context.effort, self.context.target.int8.per_channel
+        wanted: list[dict[str, Scalar]] = [] if is_per_channel else [{"rule": "weights"}]
+        wanted += [{"rule": "activations", "strength": strength} for strength in STRENGTHS[effort]]
+        if not wanted or not find_folds(lab.proto):
+            return lab
+        best, chosen = lab.judge.noise(lab.simulator.all_switches), None
+        for settings in wanted:
+            spec = replace(EQUALIZE, settings=settings)
+            if self._is_late():
+                break
+            started, before = time.monotonic(), best
+            self.context.on_progress(f"trying {spec.describe()}", 0.0)
+            trial = open_lab(
+                read_onnx(self.run_pass(spec).path),
+                self.context,
+                is_per_channel=is_per_channel,
+                reduce_range=False,
+                ranked=lab.ranked,
+                threads=self.threads,
+                host=self.host,
+            )
+            noise = trial.judge.noise(trial.simulator.all_switches)
+            gain = decibels(noise) - decibels(best)
+            if gain >= GAIN_DB:
+                best, chosen = noise, spec
+            step = LadderStep(
+                name=spec.describe(),
+                is_kept=False,
+                reason=f"{gain:+.2f} dB on samples it has not seen",
+                before_db=decibels(before),
+                score_db=decibels(noise),
+                seconds=time.monotonic() - started,
+            )
+            self.equalizations.append(step)
+        if chosen is None:
+            return lab
+        self.before = (chosen,)
+        self.equalizations = [
+            msgspec.structs.replace(step, is_kept=step.name == chosen.describe()) for step in self.equalizations
+        ]
+        return self._open(read_onnx(self.run_pass(chosen).path))
+
+    def _learn_rounding(self, lab: Lab, fastest: Choice) -> bool:
+        """AdaRound where the quality still fails and the time is there for it; whether that was enough."""
+        assert self.climbed is not None
+        seconds = lab.seconds_of_adaround(fastest.int8)
+        if seconds > ADAROUND_SECONDS[self.context.effort] or time.monotonic() + seconds > self.deadline:
+            self.notes.append(f"AdaRound was left out: it would take about {seconds:.0f} s")
+            return False
+        before = self.climbed.steps
+        self.climbed = lab.climb(fastest.int8, ADAROUND, self.deadline, start=self.climbed)
+        return self.climbed.steps != before and self._try("int8-adaround", "rounding learned layer by layer", fastest)
+
+    def _open(self, proto: ModelProto) -> Lab:
+        return open_lab(
+            proto,
+            self.context,
+            is_per_channel=self.context.target.int8.per_channel,
+            reduce_range=False,  # where it matters, single layers are narrowed instead
+            sweep_seconds=SWEEP_SECONDS[self.context.effort],
+            threads=self.threads,
+            host=self.host,
+        )
 
     def _find_costs(self, lab: Lab) -> Costs:
         """From the table that was given where it has every node of this model, else measured here."""
@@ -301,10 +379,18 @@ class Search:
                 low = middle
 
     def _try(self, name: str, purpose: str, choice: Choice) -> bool:
-        recipe = Recipe(name=name, purpose=purpose, passes=(OPTIMIZE, self._planned(choice)))
+        recipe = Recipe(name=name, purpose=purpose, passes=(OPTIMIZE, *self.before, self._planned(choice)))
         is_good = self.attempt(recipe)
         self.trials.append(Trial(recipe=recipe, is_good=is_good, choice=choice))
+        self._repair(recipe)
         return is_good
+
+    def _repair(self, recipe: Recipe) -> None:
+        """A candidate more where the runtime does not run what the file asks for and that can be mended; timing decides."""
+        if self.is_on_target and not self._is_late() and self.needs_repair(recipe):
+            name = "repaired" if recipe.name == "fp32-optimized" else f"{recipe.name}-repaired"
+            repaired = Recipe(name=name, purpose="what the runtime ran otherwise mended", passes=(*recipe.passes, REPAIR))
+            self.attempt(repaired)
 
     def _planned(self, choice: Choice) -> PassSpec:
         assert self.lab is not None
@@ -336,7 +422,7 @@ class Search:
         trial = next((item for item in self.trials if item.recipe.name == chosen), self.trials[0] if self.trials else None)
         int8 = trial.choice.int8 if trial else frozenset()
         methods = self.climbed.methods if self.climbed else {}
-        ladder: tuple[LadderStep, ...] = self.climbed.ladder if self.climbed else ()
+        ladder = (*self.equalizations, *(self.climbed.ladder if self.climbed else ()))
         tensors = [name for name in self.lab.simulator.tensors if name in self.lab.simulator.switches_of(int8)]
         layers = self.lab.layer_records(self.costs, int8) if self.lab.sensitivity else ()
         return Findings(

@@ -41,6 +41,18 @@ def test_inspect_as_json_names_every_kernel(capsys, finished):
     assert {"QLinearConv", "QGemm"} <= {kernel["op_type"] for kernel in audit["kernels"]}
 
 
+def test_inspect_writes_what_can_be_mended(capsys, tmp_path):
+    model = with_loose_pairs(tmp_path, 2)
+    before = model.read_bytes()
+    assert main(["inspect", str(model), "--repaired", str(tmp_path / "better.onnx")]) == 0
+    assert "pairs between two float32 sides removed: 2" in capsys.readouterr().err
+    assert {node.op_type for node in onnx.load(tmp_path / "better.onnx").graph.node} == {"Tanh"}
+    assert main(["inspect", str(tmp_path / "better.onnx"), "--repaired", str(tmp_path / "again.onnx")]) == 0
+    assert not (tmp_path / "again.onnx").exists()
+    assert main(["inspect", str(model), "--repaired", str(model)]) == 2
+    assert model.read_bytes() == before
+
+
 def test_inspect_refuses_what_it_cannot_read(capsys, tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")

@@ -14,6 +14,8 @@ from edgekit.compiler import audit as audit_module
 from edgekit.compiler.audit import NO_PAIR, UNSIGNED, audit_runtime
 from edgekit.compiler.calibration import collect_ranges
 from edgekit.compiler.graph import open_plain, run_once
+from edgekit.compiler.pipeline import optimize
+from edgekit.compiler.preparation import OptimizeRequest
 from edgekit.compiler.qdq import QdqGraph, QdqPlan, silenced_root, write_qdq
 from edgekit.compiler.repair import repair
 from edgekit.dataset.data import make_dataset
@@ -491,3 +493,21 @@ def test_request_that_the_model_refuses(tmp_path):
     proto = make(nodes, [constant(np.array([5, -1]), "shape")], ["y"], shape=["batch", 3])
     with pytest.raises(ArtifactError, match=r"failed on x \[1, 3\]"):
         audit_runtime(save(proto, tmp_path), None)
+
+
+# --- the search repairs ------------------------------------------------------------------------------------------------------
+
+
+@ON_X86
+def test_a_quantized_model_is_repaired_and_timed_against_what_it_was(feeds, tmp_path):
+    path = save(static(tmp_path, "int8"), tmp_path)
+    samples = {name: np.concatenate([values] * 8) for name, values in feeds.items()}
+    np.savez(tmp_path / "samples.npz", **samples)
+    request = OptimizeRequest(
+        model=str(path), target="host", data=str(tmp_path / "samples.npz"), effort="fast", out=tmp_path / "out"
+    )
+    result = optimize(request)
+    candidates = {item.name: item for item in result.candidates}
+    assert candidates["repaired"].evaluation.value >= candidates["fp32"].evaluation.value
+    assert candidates["repaired"].latency is not None
+    assert "activations int8 -> uint8" in candidates["repaired"].lineage[-1].notes[0]

@@ -177,6 +177,36 @@ def test_feedback_rounds_better_than_to_nearest(lab):
     assert lab.judge.noise(weights, overrides) < 0.8 * lab.judge.noise(weights)
 
 
+def test_learned_rounding_is_no_worse_for_any_layer(lab):
+    switches = lab.simulator.switches_of(lab.units)
+    weights = [name for name in switches if name.startswith("weight:")]
+    overrides = lab.replay(lab.units, {}, ("adaround",))
+    assert lab.judge.noise(weights, overrides) < 0.9 * lab.judge.noise(weights)
+    nearest = {item.values: lab.graph.array(item.values) for item in lab.graph.weights()}
+    steps = [np.abs(values.astype(int) - overrides[name]).max() for name, values in nearest.items() if name in overrides]
+    assert max(steps) == 1  # up or down, never further
+
+
+def test_a_second_climb_goes_on_where_the_first_ended(lab):
+    first = lab.climb(lab.units, ("scales", "bias"))
+    second = lab.climb((), ("adaround", "bias"), start=first)
+    assert second.units == first.units
+    assert second.steps[: len(first.steps)] == first.steps
+    assert [step.name for step in second.ladder] == ["scales", "bias", "adaround", "bias"]
+    assert second.noise <= first.noise
+    assert lab.seconds_of_adaround(lab.units) > lab.seconds_of_adaround(list(lab.units)[:1]) >= 0
+
+
+def test_leaving_one_layer_in_float_is_measured_with_all_others_in_int8(lab):
+    lab.sweep_disabled(lab.units, None, float("inf"))
+    assert set(lab.disabled) == set(lab.units)
+    name = next(iter(lab.units))
+    others = [unit for unit in lab.units if unit != name]
+    assert lab.disabled[name] == pytest.approx(lab.simulator.noise(lab.simulator.switches_of(others)))
+    record = next(item for item in lab.layer_records(None, lab.units) if item.layer == name)
+    assert record.disable_one_db == pytest.approx(decibels(lab.disabled[name]))
+
+
 def test_bias_correction_centres_the_answers(lab):
     switches = lab.simulator.switches_of(lab.units)
     reference = lab.simulator.reference[0].mean(axis=0)
@@ -338,3 +368,44 @@ def test_latency_table_of_another_machine_decides(files):
 def test_wrong_latency_table_is_refused(files):
     with pytest.raises(UsageError, match="no latency table"):
         optimize(request(files, "wrong", latency_table=files / "data.npz"))
+
+
+def test_channels_are_scaled_where_that_gains(files, tmp_path):
+    """Two convolutions whose channels differ by three orders of magnitude between them."""
+    random, spread = np.random.default_rng(0), np.geomspace(0.03, 30, 8).astype(np.float32)
+    weights = {
+        "w1": random.normal(0, 0.3, (8, 3, 3, 3)).astype(np.float32) * spread[:, None, None, None],
+        "w2": random.normal(0, 0.3, (5, 8, 1, 1)).astype(np.float32) / spread[None, :, None, None],
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], name="first"),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+        helper.make_node("Conv", ["b", "w2"], ["c"], name="second"),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"], name="pool"),
+        helper.make_node("Flatten", ["d"], ["y"], name="flat"),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])]
+    tensors = [numpy_helper.from_array(values, name) for name, values in weights.items()]
+    graph = helper.make_graph(nodes, "network", inputs, outputs, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "uneven.onnx")
+    settings = {
+        "model": str(tmp_path / "uneven.onnx"), "target": "host", "data": str(files / "data.npz"), "metric": "sqnr_db",
+        "budget": "sqnr_db>=60",
+    }  # fmt: skip
+    optimize(OptimizeRequest(**settings, out=tmp_path / "here"))
+    table = decode_json((tmp_path / "here" / "latency-table.json").read_bytes(), LatencyTable, name="table")
+    fast = {key: 0.1 if key.endswith("int8") else 1.0 for key in table.entries}
+    free = dict.fromkeys(table.conversions, (0.0, 0.0))
+    other = tmp_path / "other.json"
+    other.write_bytes(encode_json(msgspec.structs.replace(table, entries=fast, conversions=free, host="fast in int8")))
+    result = optimize(OptimizeRequest(**settings, out=tmp_path / "out", latency_table=other))
+    assert not [note for note in result.findings.notes if "stopped" in note]
+    step = result.findings.ladder[0]
+    assert step.name == "equalize-channels(rule=activations, strength=0.5)"
+    assert step.is_kept
+    assert step.score_db > step.before_db + 10
+    candidates = {item.name: item for item in result.candidates}
+    assert [item.name for item in candidates["int8-mixed"].lineage][-2:] == ["equalize-channels", "quantize-planned"]
+    assert candidates["int8-mixed"].evaluation.value > candidates["int8-per-channel"].evaluation.value
+    assert any(record.disable_one_db is not None for record in result.findings.layers)

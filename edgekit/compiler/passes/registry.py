@@ -64,6 +64,8 @@ def quantize(**settings: Scalar) -> PassSpec:
 
 
 HALVE = PassSpec(name="halve-weights", where="on_onnx.weights_only:HalveWeights")
+EQUALIZE = PassSpec(name="equalize-channels", where="on_onnx.equalize_channels:EqualizeChannels")
+REPAIR = PassSpec(name="repair-graph", where="on_onnx.repair_graph:RepairGraph")
 WEIGHTS = PassSpec(name="quantize-weights", where="on_onnx.weights_only:QuantizeWeights")
 PLANNED = PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned")
 
@@ -71,7 +73,7 @@ PLANNED = PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:Quan
 def all_passes() -> tuple[PassSpec, ...]:
     """Every pass there is, by name."""
     static = PassSpec(name="quantize-static", where="on_onnx.quantize_static:QuantizeStatic")
-    onnx = (IMPORT_ONNX, EXPORT_ONNX, OPTIMIZE, static, PLANNED, DYNAMIC, HALVE, WEIGHTS)
+    onnx = (IMPORT_ONNX, EXPORT_ONNX, OPTIMIZE, EQUALIZE, static, PLANNED, DYNAMIC, HALVE, WEIGHTS, REPAIR)
     return (*onnx, PRUNE, NEURAL_COMPRESSOR, TO_LITERT, LITERT_INT8)
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "onnx", "onnxruntime")
 SHOWN = 6
 _labs: dict[str, Lab] = {}
-"""The last lab by what it is made of: the search and the pass share it."""
+"""The last labs by what they are made of: the search and the pass share them."""
+REMEMBERED = 2
 
 
 def open_lab(
@@ -49,7 +50,8 @@ def open_lab(
     settings = json.dumps([is_per_channel, reduce_range, context.seed, samples.digest, list(ranked)]).encode()
     key = hashlib.sha256(encode(proto) + rules + settings).hexdigest()
     if key not in _labs:
-        _labs.clear()
+        while len(_labs) >= REMEMBERED:
+            del _labs[next(iter(_labs))]
         lab = Lab(
             proto=proto,
             calibration=samples,
