@@ -12,6 +12,8 @@ LADDER = {
     "scales": "weights clipped where that is nearer, by channel",
     "feedback": "rounding with error feedback",
     "bias": "biases corrected",
+    "adaround": "rounding learned from the layer\u2019s outputs",
+    "equalize-channels": "channels of neighbouring layers balanced",
 }
 
 
@@ -32,15 +34,21 @@ def ladder(result: OptimizeResult) -> Markup | None:
         kept = element(
             "span", element("b", "\u2713 kept" if step.is_kept else "\u2717 not kept"), element("small", _reason(step.reason))
         )
-        words = LADDER.get(step.name)
-        name = element("span", step.name, element("small", words, class_="quiet") if words else None, class_="step-name")
-        rows.append(("", [(name, None), *((text, "number") for text in figures), (kept, "verdict")]))
+        rows.append(("", [(_name(step.name), None), *((text, "number") for text in figures), (kept, "verdict")]))
     kept_steps = [step for step in steps if step.is_kept and step.before_db is not None and step.score_db is not None]
     gain = sum((step.score_db or 0.0) - (step.before_db or 0.0) for step in kept_steps)
     total = f"{len(kept_steps)} of {len(steps)} steps stayed, {signed(gain, 2)}{NBSP}dB together."
     words = "SQNR of the model\u2019s output on calibration samples that the step was not made from; what does not gain goes."
     table_ = table(head, rows, label="The ladder, step by step", class_="as-cards ladder")
     return join(element("p", total), table_, element("p", words + about(result), class_="quiet"))
+
+
+def _name(step: str) -> Markup:
+    """A step with what it does, and its settings where it has some: ``name(setting=value)``."""
+    name, _, settings = step.partition("(")
+    about_it = [words for words in (LADDER.get(name), settings.removesuffix(")")) if words]
+    small = element("small", "; ".join(about_it), class_="quiet") if about_it else None
+    return element("span", name, small, class_="step-name")
 
 
 def _reason(reason: str) -> str:

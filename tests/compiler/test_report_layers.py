@@ -87,7 +87,7 @@ def test_float_layers_look_different_and_are_counted():
     assert one_plot(shown).count('class="hurt int8"') == 2
 
 
-@pytest.mark.parametrize(("weights", "is_cut"), [(21.0, False), (30.0, False), (31.0, False), (90.0, True)])
+@pytest.mark.parametrize(("weights", "is_cut"), [(21.0, False), (30.0, False), (31.0, False), (40.0, True), (90.0, True)])
 def test_arrow_of_a_far_mark_is_explained_where_it_is_drawn(weights, is_cut):
     shown = sensitivity(of(layer("a", 20.0, weights_only_db=weights)))
     assert ("An arrow" in shown) == is_cut
@@ -161,6 +161,13 @@ def test_waterfall_begins_and_ends_at_its_totals_and_every_step_hangs_on_the_one
     assert [row.kind for row in rows] == ["total", "saves", "saves", "costs", "costs", "total"]
     assert [row.start for row in rows[1:-1]] == [row.end for row in rows[:-2]]
     assert rows[-2].end == pytest.approx(rows[-1].end)
+
+
+def test_steps_of_a_waterfall_stand_on_no_line_on_a_phone():
+    shown = costs(of(layer("a", float_ms=1.0, int8_ms=0.5), layer("b", float_ms=1.0, int8_ms=0.5)))
+    narrow = shown.split('class="plot narrow"')[1]
+    line = re.search(r'<path d="([^"]*)" class="axis"', narrow)[1]
+    assert line.count("M") == 2  # the two totals
 
 
 def test_single_step_is_never_called_all_others():

@@ -166,14 +166,21 @@ def test_ladder_is_an_ablation_table():
         LadderStep(name="feedback", is_kept=True, reason="+1.20 dB", before_db=30.0, score_db=31.2, seconds=2.0),
         LadderStep(name="bias", is_kept=False, reason="-0.50 dB", before_db=31.2, score_db=30.7, seconds=0.25),
         LadderStep(name="scales", is_kept=False, reason="no time left"),
+        LadderStep(name="equalize-channels(strength=0.5)", is_kept=False, reason="no time left"),
     )
     shown = ladder(of(ladder=steps))
     assert rows_of(shown) == [
         ["feedback rounding with error feedback", "30.0 dB", "31.2 dB", "+1.2", "2.0", "\u2713 kept +1.20 dB"],
         ["bias biases corrected", "31.2 dB", "30.7 dB", "\u22120.50", "0.25", "\u2717 not kept \u22120.50 dB"],
         ["scales weights clipped where that is nearer, by channel", *["\u2014"] * 3, "0", "\u2717 not kept no time left"],
+        [
+            "equalize-channels channels of neighbouring layers balanced; strength=0.5",
+            *["\u2014"] * 3,
+            "0",
+            "\u2717 not kept no time left",
+        ],
     ]
-    assert "1 of 3 steps stayed, +1.2 dB together." in plain(shown)
+    assert "1 of 4 steps stayed, +1.2 dB together." in plain(shown)
 
 
 def test_remarks_are_sentences():
