@@ -144,8 +144,7 @@ def bars(
     scale = Scale(0.0, span([0.0, high], limits=limits)[1], frame.left, frame.right)
     parts = axis(frame, scale, title, format_tick)
     if band is not None:
-        start, end = scale(max(band[0], 0.0)), scale(min(band[1], scale.high))
-        parts.append(element("rect", x=start, y=22, width=max(end - start, 1.5), height=frame.bottom - 22, class_="band"))
+        parts.append(_band(frame, scale(max(band[0], 0.0)), scale(min(band[1], scale.high))))
     for index, row in enumerate(rows):
         parts += frame.texts(index, row.name, row.note, row.kind)
         parts.append(_bar(row, scale, frame.middle(index), frame.sign(index)))
@@ -158,6 +157,17 @@ def bars(
         anchor = "end" if at > (scale.start + scale.end) / 2 else "start"
         parts.append(element("text", words, x=at, y=12, class_="limit-label", text_anchor=anchor))
     return draw(width, frame.bottom + 44, label, parts)
+
+
+def _band(frame: Frame, start: float, end: float) -> Markup:
+    """From top to bottom; on a phone only beside the bars, since names and notes stand between them."""
+    places = (
+        [(frame.middle(index) - 10, 20.0) for index in range(frame.count)] if frame.is_narrow else [(22.0, frame.bottom - 22)]
+    )
+    wide = max(end - start, 1.5)
+    return element(
+        "path", d="".join(f"M{start:.1f} {y:g}h{wide:.1f}v{high:g}h-{wide:.1f}z" for y, high in places), class_="band"
+    )
 
 
 def _bar(row: Bar, scale: Scale, y: float, sign: tuple[float, float]) -> Markup:

@@ -81,10 +81,13 @@ def fold(summary: str, *content: Child) -> Markup:
 
 def candidate_table(result: OptimizeResult) -> Markup:
     """Every candidate with what it measured, its verdict and the reason: the chosen one, the baseline, then by verdict."""
-    figures = (metric_title(result.request.metric), "change", "median, ms", f"time against {result.baseline.name}", "size")
+    reports = [item.evaluation for item in result.candidates if item.evaluation]
+    changes = () if reports and all(is_absolute(report) for report in reports) else ("change",)
+    title = metric_title(result.request.metric)
+    figures = (title, *changes, "median, ms", f"time against {result.baseline.name}", "size")
     head: list[Cell] = [("candidate", None), ("verdict", None), *((title, "number") for title in figures)]
     rows = [
-        (_row_class(item), _candidate_cells(item, result))
+        (_row_class(item), _candidate_cells(item, result, has_change=bool(changes)))
         for item in sorted(result.candidates, key=lambda item: _order(item, result))
     ]
     first, rest = table(head, rows[:SHOWN_ROWS], label="Candidates", class_="as-cards"), rows[SHOWN_ROWS:]
@@ -104,7 +107,7 @@ def _row_class(item: Candidate) -> str:
     return item.verdict.status if item.verdict.status in ("chosen", "failed") else ""
 
 
-def _candidate_cells(item: Candidate, result: OptimizeResult) -> list[Cell]:
+def _candidate_cells(item: Candidate, result: OptimizeResult, *, has_change: bool) -> list[Cell]:
     shape, kind = look(item, result)
     words = STATUS_WORDS[item.verdict.status]
     reason = item.verdict.reason.removeprefix(words).lstrip("; ")
@@ -115,7 +118,7 @@ def _candidate_cells(item: Candidate, result: OptimizeResult) -> list[Cell]:
             element("span", element("b", words), element("small", typeset(reason)) if reason else None),
             f"verdict {item.verdict.status}",
         ),
-        *_quality_cells(item.evaluation),
+        *_quality_cells(item.evaluation)[: 2 if has_change else 1],
         *_latency_cells(item.latency),
         (size(item.artifact.size_bytes) if item.artifact else NONE, "number"),
     ]

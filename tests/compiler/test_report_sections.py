@@ -235,6 +235,11 @@ def test_long_settings_are_folded(value, words):
     assert (words or "floats = short") in plain(shown)
 
 
+def test_band_of_ties_leaves_out_names_and_notes_on_a_phone():
+    bands = re.findall(r'<path d="([^"]*)" class="band"', render_page(outcome(base(), good())))
+    assert [band.count("z") for band in bands] == [1, 1, 2]
+
+
 # --- noise -------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +254,7 @@ def test_noise_is_told_as_it_is_and_not_against_a_baseline_without_any():
     assert headline(result).endswith("at 24.25\u00a0dB of signal to quantization noise.")
     words = plain(render_page(result))
     assert "24.25 dB of its answers against fp32 95 % interval 23.8 dB to 24.8 dB fp32: no noise" in words
+    assert 'data-label="change"' not in render_page(result)
     assert "\u2212175" not in words
     assert "\u2212176" not in words
     assert change_words(result.chosen.evaluation).replace("\u00a0", " ") == "95 % interval 23.8 dB to 24.8 dB"
