@@ -52,6 +52,22 @@ def test_weights_beyond_half_precision_stay(tmp_path):
         HalveWeights().run(save(tmp_path, scale=1e6), context(tmp_path / "half"))
 
 
+def test_fitted_zero_points_are_closer_with_outliers(tmp_path):
+    model = save(tmp_path)
+    proto = onnx.load(model.path)
+    values = numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    values[::16] = np.abs(values[::16]) * 3  # one large weight in every half block, all of one sign
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "w"))
+    onnx.save(proto, model.path)
+    before = answers(model)
+    error = {}
+    for algorithm in ("nearest", "hqq"):
+        made = QuantizeWeights(bits=4, algorithm=algorithm).run(model, context(tmp_path / algorithm))
+        assert made.lineage[-1].settings["algorithm"] == algorithm
+        error[algorithm] = float(np.square(answers(made) - before).sum())
+    assert error["hqq"] < 0.7 * error["nearest"]
+
+
 @pytest.mark.parametrize(("bits", "share", "floor"), [(8, 0.5, 35), (4, 0.35, 15)])
 def test_few_bits_are_small_and_close(tmp_path, bits, share, floor):
     model = save(tmp_path)

@@ -136,6 +136,8 @@ def _onnx_recipes(target: TargetProfile, effort: Effort) -> tuple[Recipe, ...]:
             small = replace(WEIGHTS, settings={"bits": bits})
             purpose = f"{bits}-bit weights of matrix products, computed in fp32"
             recipes.append(Recipe(name=f"int{bits}-weights", purpose=purpose, passes=(OPTIMIZE, small)))
+        fitted = replace(WEIGHTS, settings={"bits": 4, "algorithm": "hqq"})
+        recipes.append(Recipe(name="int4-weights-hqq", purpose="4-bit weights, zero points fitted", passes=(OPTIMIZE, fitted)))
         add(name, "the other range of weights", is_per_channel=is_per_channel, reduce_range=other)
     return tuple(recipes)
 
