@@ -8,7 +8,7 @@ and Tibshirani, "An Introduction to the Bootstrap", 1993, percentile method). Ti
 settles.
 
 With several threads a runtime's workers go on spinning after a request (ONNX Runtime's for some 30 ms), on the CPUs that the
-next session needs: :func:`let_workers_rest` waits for them.
+next session needs: ``has_rests`` waits for them.
 
     >>> from edgekit.benchmark.latency import measure
     >>> measure({"fp32": a, "int8": b}, feeds, baseline="fp32", is_on_target=True, threads=1)  # doctest: +SKIP
@@ -42,9 +42,10 @@ RESAMPLES = 1000
 BLOCK = 1_000_000
 MIN_NOISE = 0.01
 """Two sessions of the very same file differ by up to a percent; less is never a difference."""
-REST_STEP_SECONDS = 0.0002
+WATCH_SECONDS = 0.00005
+REST_STEP_SECONDS = 0.0005
 MAX_REST_SECONDS = 0.2
-MAX_REST_SHARE = 0.2
+MAX_BUSY_SHARE = 0.2
 _TWIN = "\0twin"
 
 
@@ -109,15 +110,26 @@ def _is_stable(times: list[float]) -> bool:
     return bool(medians.max() - medians.min() <= WARMUP_TOLERANCE * medians.min())
 
 
-def let_workers_rest() -> None:
-    """Wait until other threads of this process use little of a CPU, 0.2 s at the most."""
+def let_workers_rest() -> bool:
+    """Wait until no other thread of this process is at work, 0.2 s at the most.
+
+    Returns:
+        Whether any was.
+    """
     deadline = time.perf_counter() + MAX_REST_SECONDS
-    while True:
-        started, used = time.perf_counter(), time.process_time() - time.thread_time()
+    has_waited = False
+    while _is_any_worker_busy() and time.perf_counter() < deadline:
+        has_waited = True
         time.sleep(REST_STEP_SECONDS)
-        now = time.perf_counter()
-        if time.process_time() - time.thread_time() - used <= MAX_REST_SHARE * (now - started) or now > deadline:
-            return
+    return has_waited
+
+
+def _is_any_worker_busy() -> bool:
+    """Whether other threads get CPU time while this one watches; it does not sleep, so that its own CPU stays awake."""
+    started, used = time.perf_counter(), time.process_time() - time.thread_time()
+    while (spent := time.perf_counter() - started) < WATCH_SECONDS:
+        pass
+    return time.process_time() - time.thread_time() - used > MAX_BUSY_SHARE * spent
 
 
 def collect(
@@ -132,7 +144,7 @@ def collect(
     seed: int,
     on_progress: Progress | None = None,
     on_start: Callable[[], None] | None = None,
-    before_each: Callable[[], None] | None = None,
+    has_rests: bool = False,
 ) -> Timings:
     """Warm every session up, then time them round by round.
 
@@ -147,7 +159,7 @@ def collect(
         seed: draws the order within the rounds.
         on_progress: called now and then with a text and the fraction done.
         on_start: called between the warm-up and the first round.
-        before_each: called before each single run, outside of its time.
+        has_rests: wait before each run while workers of other sessions spin, and then run once untimed to wake one's own.
     """
     requests = requests or {}
     entries = [(name, session, requests.get(name, feeds)) for name, session in sessions.items()]
@@ -164,8 +176,8 @@ def collect(
     while len(rows) < MAX_ROUNDS:
         row = [0.0] * len(entries)
         for position in generator.permutation(len(entries)):
-            if before_each:
-                before_each()
+            if has_rests and let_workers_rest():
+                _time_once(*entries[position][1:])
             row[position] = _time_once(*entries[position][1:])
         rows.append(row)
         spent = time.perf_counter() - started

@@ -20,7 +20,7 @@ import numpy as np
 
 import edgekit
 from edgekit.benchmark.conditions import judge, take_snapshot
-from edgekit.benchmark.latency import MIN_NOISE, Drift, Progress, Timings, collect, drift_of, let_workers_rest, summarize
+from edgekit.benchmark.latency import MIN_NOISE, Drift, Progress, Timings, collect, drift_of, summarize
 from edgekit.benchmark.memory import measure_peak_rss
 from edgekit.benchmark.pinning import allowed_cpus, choose_cpus, pinned
 from edgekit.benchmark.request import fit_request, make_request, take_samples
@@ -161,7 +161,7 @@ class _Stage:
             seed=self.request.seed,
             on_progress=self.on_progress,
             on_start=lambda: snapshots.append(take_snapshot()),
-            before_each=let_workers_rest if self.threads > 1 else None,
+            has_rests=self.threads > 1,
         )
         return timings, judge(snapshots[0], take_snapshot(), cpus=cpus)
 
