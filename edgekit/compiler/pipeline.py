@@ -34,6 +34,7 @@ from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.output import LATENCY_TABLE, open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
+from edgekit.compiler.passes.on_onnx.weights_only import halvable_bytes
 from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, PassSpec, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
 from edgekit.compiler.repair import repair
@@ -300,12 +301,20 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         steps[(OPTIMIZE.describe(), spec.describe())] = made
         return made
 
-    def needs_repair(recipe: Recipe) -> bool:
+    def model_of(recipe: Recipe) -> WorkModel | None:
         item = next(item for item in reversed(candidates) if item.name == recipe.name)
-        if item.model is None or item.session is None:
+        return item.model if item.session is not None else None
+
+    def needs_repair(recipe: Recipe) -> bool:
+        model = model_of(recipe)
+        if model is None:
             return False
-        audit = audit_runtime(item.model.path, None, threads=prepared.threads, is_timed=False)
-        return bool(repair(read_onnx(item.model.path), audit)[1])
+        audit = audit_runtime(model.path, None, threads=prepared.threads, is_timed=False)
+        return bool(repair(read_onnx(model.path), audit)[1])
+
+    def float_share(recipe: Recipe) -> float:
+        model = model_of(recipe)
+        return halvable_bytes(read_onnx(model.path)) / model.path.stat().st_size if model else 0.0
 
     with opened(optimized.path, prepared.threads) as session:
         feeds = one_sample(session, prepared.evaluation)
@@ -320,6 +329,7 @@ def search_candidates(prepared: Prepared, candidates: list[Made], reporter: Repo
         attempt=attempt,
         run_pass=apply,
         needs_repair=needs_repair,
+        float_share=float_share,
         is_on_target=prepared.is_on_target,
         deadline=clock.deadline(SEARCH_SHARE),
         table=prepared.latency_table,

@@ -38,7 +38,7 @@ from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write_dynamic
 from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
 from edgekit.compiler.passes.on_onnx.quantize_static import edge_layers, find_quantization_obstacle
-from edgekit.compiler.passes.registry import DYNAMIC, EQUALIZE, OPTIMIZE, PLANNED, REPAIR, PassSpec, Recipe
+from edgekit.compiler.passes.registry import DYNAMIC, EQUALIZE, HALVE, OPTIMIZE, PLANNED, REPAIR, PassSpec, Recipe
 from edgekit.compiler.saturation import count_saturation
 from edgekit.compiler.simulate import decibels
 from edgekit.compiler.solve import Choice
@@ -60,6 +60,7 @@ STRENGTHS: dict[Effort, tuple[float, ...]] = {"fast": (), "default": (0.5,), "ma
 """Of SmoothQuant."""
 ADAROUND_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 300.0}
 DISABLE_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 5.0, "max": 30.0}
+LEAST_SAVED = 0.05
 LOWEST_SHARE = 0.01
 """The smallest limit of noise that is tried, as a share of the noise of the fastest choice."""
 Array = NDArray[Any]
@@ -142,6 +143,8 @@ class Search:
     deadline: float = float("inf")
     needs_repair: Callable[[Recipe], bool] = lambda _recipe: False
     """Whether the runtime's graph of a recipe's model shows something that can be repaired."""
+    float_share: Callable[[Recipe], float] = lambda _recipe: 0.0
+    """Share of a recipe's file that storing float32 weights as float16 would save."""
     is_on_target: bool = True
     table: LatencyTable | None = None
     is_dynamic_worth: bool = False
@@ -365,6 +368,7 @@ class Search:
             noise[name] = _noise(expected, _answers(write_dynamic(proto, plan, nodes=[name]), samples))
         order = sorted(layers, key=lambda name: -noise[name] / layers[name])
         low, high = 0, len(order)
+        found: Recipe | None = None
         while high - low > 1 and not self._is_late():
             middle = min(max(1, 2 * low), high - 1) if high == len(order) else (low + high) // 2
             kept = json.dumps(sorted(order[:middle]))
@@ -374,16 +378,26 @@ class Search:
                 passes=(OPTIMIZE, replace(DYNAMIC, settings={"float_nodes": kept})),
             )
             if self.attempt(recipe):
-                high = middle
+                high, found = middle, recipe
             else:
                 low = middle
+        if found is not None:
+            self._shrink(found)
 
     def _try(self, name: str, purpose: str, choice: Choice) -> bool:
         recipe = Recipe(name=name, purpose=purpose, passes=(OPTIMIZE, *self.before, self._planned(choice)))
         is_good = self.attempt(recipe)
         self.trials.append(Trial(recipe=recipe, is_good=is_good, choice=choice))
         self._repair(recipe)
+        if is_good:
+            self._shrink(recipe)
         return is_good
+
+    def _shrink(self, recipe: Recipe) -> None:
+        """A candidate more with the weights of its float32 layers stored as float16, where that makes the file smaller."""
+        if TRIALS[self.context.effort] and not self._is_late() and self.float_share(recipe) > LEAST_SAVED:
+            purpose = "the weights of its fp32 layers stored as fp16"
+            self.attempt(Recipe(name=f"{recipe.name}-fp16", purpose=purpose, passes=(*recipe.passes, HALVE)))
 
     def _repair(self, recipe: Recipe) -> None:
         """A candidate more where the runtime does not run what the file asks for and that can be mended; timing decides."""

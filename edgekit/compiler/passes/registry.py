@@ -126,12 +126,12 @@ def _onnx_recipes(target: TargetProfile, effort: Effort) -> tuple[Recipe, ...]:
     add("int8-mse", "static int8, ranges of least squared error", is_per_channel=is_per_channel, method="mse")
     add("int8-edges-fp32", "static int8, first and last layer in fp32", is_per_channel=is_per_channel, kept="edges")
     recipes.append(Recipe(name="int8-dynamic", purpose="int8 weights, ranges at run time", passes=(OPTIMIZE, DYNAMIC)))
+    recipes.append(Recipe(name="fp16-weights", purpose="half the size, computed in fp32", passes=(OPTIMIZE, HALVE)))
     if effort == "max":
         add("int8-percentile", "static int8, outliers clipped", is_per_channel=is_per_channel, method="percentile")
         add("int8-edges-mse", "both of the above", is_per_channel=is_per_channel, kept="edges", method="mse")
         other = not target.int8.reduce_range
         name = "int8-7bit" if other else "int8-8bit"
-        recipes.append(Recipe(name="fp16-weights", purpose="half the size, computed in fp32", passes=(OPTIMIZE, HALVE)))
         for bits in (8, 4):
             small = replace(WEIGHTS, settings={"bits": bits})
             purpose = f"{bits}-bit weights of matrix products, computed in fp32"

@@ -21,7 +21,7 @@ from edgekit.errors import ArtifactError
 from edgekit.runtime.ort import load_onnxruntime
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 Algorithm = Literal["nearest", "hqq"]
 SMALLEST = 256
@@ -30,16 +30,13 @@ HALF_MAX = 65504.0
 
 
 class HalveWeights:
-    """fp32 weights stored as fp16, computed in fp32."""
+    """fp32 weights stored as fp16, computed in fp32; in a quantized model those of the layers that stayed fp32."""
 
     name = "halve-weights"
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""
-        if model.format != "onnx":
-            return "needs an ONNX model"
-        facts = facts_of(read_onnx(model.path))
-        return "the model is quantized already" if facts.is_quantized else None
+        return None if model.format == "onnx" else "needs an ONNX model"
 
     def run(self, model: WorkModel, context: PassContext) -> WorkModel:
         """Write ``halve-weights.onnx``.
@@ -57,7 +54,7 @@ class HalveWeights:
             model,
             context,
             name=self.name,
-            precision="fp16-weights",
+            precision="fp16-weights" if model.precision == "fp32" else model.precision,
             settings={"smallest": SMALLEST},
             started=started,
             packages=("onnx",),
@@ -65,14 +62,32 @@ class HalveWeights:
         )
 
 
+def halvable_bytes(proto: ModelProto) -> int:
+    """Bytes that :class:`HalveWeights` would save."""
+    return sum(int(np.prod(tensor.dims, dtype=np.int64)) * 2 for tensor in _halvable(proto))
+
+
+def _halvable(proto: ModelProto) -> list[TensorProto]:
+    """Large float32 weights; scales stay what they are, since the runtime looks for them beside Q and DQ."""
+    from onnx import TensorProto
+
+    kinds = ("QuantizeLinear", "DequantizeLinear")
+    scales = {name for node in proto.graph.node if node.op_type in kinds for name in node.input[1:]}
+    return [
+        tensor
+        for tensor in proto.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT
+        and int(np.prod(tensor.dims, dtype=np.int64)) >= SMALLEST
+        and tensor.name not in scales
+    ]
+
+
 def _halve(proto: ModelProto) -> int:
     """Store large weights as float16 behind a Cast, in place; how many."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
-    for tensor in proto.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims, dtype=np.int64)) < SMALLEST:
-            continue
+    for tensor in _halvable(proto):
         values = numpy_helper.to_array(tensor)
         if not np.abs(values).max(initial=0.0) <= HALF_MAX:
             continue
