@@ -184,7 +184,8 @@ def collect(
         if len(rows) >= min_runs and spent >= budget:
             break
         if on_progress and len(rows) % 16 == 0:
-            on_progress(f"timing {len(sessions)} models", min(1.0, max(spent / budget, 0.0)))
+            done = min(1.0, len(rows) / min_runs, max(spent / budget, 0.0) if budget else 1.0)
+            on_progress(f"timing {len(sessions)} models", done)
     table = np.asarray(rows, dtype=np.float64)
     runs = {name: table[:, i] for i, (name, _session, _request) in enumerate(entries) if name != _TWIN}
     return Timings(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgekit.benchmark import latency
 from edgekit.benchmark.fingerprint import fingerprint
-from edgekit.benchmark.latency import bootstrap_medians, collect, compare, measure, warm_up
+from edgekit.benchmark.latency import bootstrap_medians, collect, compare, drift_of, measure, noise_floor, settle, warm_up
 from edgekit.errors import UsageError
 from edgekit.runtime.registry import open_session
 from edgekit.schema.base import decode_json, encode_json
@@ -147,6 +147,64 @@ def test_every_round_runs_every_model_once_in_changing_order(clock):
     assert len(set(rounds)) > 10
 
 
+def test_start_is_told_between_warm_up_and_rounds(clock):
+    session = ScriptedSession(clock, lambda n: 1.0)
+    seen: list[int] = []
+    timings = collect(
+        {"base": session}, {}, baseline="base", seconds=0.0, min_runs=5, seed=0, on_start=lambda: seen.append(session.count)
+    )
+    assert seen == [timings.warmup_runs["base"]]
+
+
+def test_spinning_workers_are_waited_for_and_ones_own_are_woken(clock, monkeypatch):
+    """Workers spin for a while after every run; the run that is timed follows an untimed one of the same session."""
+    journal: list[str] = []
+    busy_until = [0]
+
+    def run_and_spin(n: int) -> float:
+        journal.append("busy" if clock.now_ns < busy_until[0] else "quiet")
+        busy_until[0] = clock.now_ns + 30_000_000
+        return 1.0
+
+    def sleep(seconds: float) -> None:
+        clock.now_ns += round(seconds * 1e9)
+
+    monkeypatch.setattr(latency, "_is_any_worker_busy", lambda: clock.now_ns < busy_until[0])
+    monkeypatch.setattr(latency.time, "sleep", sleep)
+    session = ScriptedSession(clock, run_and_spin)
+    timings = collect({"base": session}, {}, baseline="base", seconds=0.0, min_runs=5, seed=0, has_rests=True)
+    timed = journal[timings.warmup_runs["base"] :]
+    assert timed == ["quiet", "busy"] * 10
+    assert set(timings.twin) == {1.0}
+
+
+@pytest.mark.parametrize(("share", "is_busy"), [(0.0, False), (0.1, False), (0.5, True)])
+def test_busy_worker_is_seen_by_the_cpu_time_of_the_process(monkeypatch, share, is_busy):
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    monkeypatch.setattr(latency.time, "perf_counter", tick)
+    monkeypatch.setattr(latency.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(latency.time, "process_time", lambda: now[0] * (1 + share))
+    assert latency._is_any_worker_busy() == is_busy
+
+
+def test_worker_that_never_rests_is_not_waited_for_for_ever(clock, monkeypatch):
+    monkeypatch.setattr(latency, "_is_any_worker_busy", lambda: True)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock.now_ns += round(seconds * 1e9)
+
+    monkeypatch.setattr(latency.time, "sleep", sleep)
+    assert latency.let_workers_rest()
+    assert sum(slept) == pytest.approx(latency.MAX_REST_SECONDS, rel=0.01)
+
+
 def test_order_is_drawn_from_the_seed(clock):
     def orders(seed: int) -> list[str]:
         journal: list[str] = []
@@ -179,6 +237,24 @@ def test_warm_up_goes_on_until_the_median_settles(clock):
     runs = warm_up(settling, {})
     assert runs == settling.count
     assert runs > 49
+    assert settle(ScriptedSession(clock, lambda n: 1.0), {}).is_settled
+
+
+def test_warm_up_wants_three_windows_alike(clock):
+    """Two windows at 2 ms, then 1 ms: the first two alone would have ended it."""
+    stepping = ScriptedSession(clock, lambda n: 2.0 if n < 16 else 1.0)
+    assert warm_up(stepping, {}) > 16 + 2 * 8
+
+
+def test_warm_up_that_does_not_settle_is_told(clock):
+    sessions = {"base": ScriptedSession(clock, lambda n: 1.1**n), "calm": ScriptedSession(clock, lambda n: 1.0)}
+    reports = run_measure(sessions, seconds=0.0, min_runs=2)
+    assert [name for name, report in reports.items() if not report.is_settled] == ["base"]
+
+
+def test_too_few_warm_up_runs_tell_nothing(clock):
+    found = settle(ScriptedSession(clock, lambda n: 900.0 * (n + 1)), {})
+    assert (found.runs, found.is_settled) == (2, None)
 
 
 def test_warm_up_ends_even_when_nothing_settles(clock):
@@ -199,6 +275,13 @@ def test_progress_never_goes_back_or_past_the_end(clock):
     assert seen[-1] <= 1.0
 
 
+def test_progress_of_a_run_without_a_time(clock):
+    seen: list[float] = []
+    sessions = {"base": ScriptedSession(clock, lambda n: 1.0)}
+    run_measure(sessions, seconds=0.0, min_runs=64, on_progress=lambda _text, done: seen.append(done))
+    assert seen == [0.25, 0.5, 0.75]
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +293,26 @@ def test_bootstrap_interval_covers_the_true_median():
         low, high = np.percentile(bootstrap_medians(samples, seed=seed), [2.5, 97.5])
         held += low <= 1 <= high
     assert held >= 86  # binomial(100, 0.95): fewer has a probability below 0.1 %
+
+
+def test_noise_floor_bounds_what_another_run_would_show():
+    """The bound of one run holds the difference of medians in about 97.5 % of other runs of two equal sessions."""
+    generator = np.random.default_rng(5)
+    held = 0
+    for seed in range(60):
+        runs = generator.lognormal(0, 0.2, (300, 4))
+        medians = np.median(runs, axis=0)
+        held += abs(medians[2] / medians[3] - 1) <= noise_floor(runs[:, 0], runs[:, 1], seed=seed)
+    assert held >= 50
+
+
+def test_drift_is_the_second_half_over_the_first():
+    jittered = np.random.default_rng(0).normal(1, 0.02, 400)
+    jittered[200:] *= 1.1
+    drift = drift_of(jittered, seed=0)
+    assert drift.ratio == pytest.approx(1.1, abs=0.01)
+    assert 1.08 < drift.low <= drift.ratio <= drift.high < 1.12
+    assert drift_of(np.ones(3), seed=0).ratio == 1
 
 
 def test_bootstrap_draws_the_same_rounds_for_every_model():
