@@ -25,7 +25,7 @@ from typing import Literal, NoReturn, assert_never
 import msgspec
 
 from edgekit.errors import UsageError
-from edgekit.evaluation.metric import Metric, metric_names
+from edgekit.evaluation.metric import SQNR_CAP_DB, Metric, metric_names
 from edgekit.schema.candidate import BudgetCheck, Quantity, Status, Verdict
 from edgekit.schema.measurement import EvalReport, LatencyReport
 
@@ -437,6 +437,8 @@ def _quality(item: Measured) -> str:
     report = item.evaluation
     if report is None:
         return ""
+    if report.metric == "sqnr_db" and report.baseline >= SQNR_CAP_DB:  # against no noise at all a difference says nothing
+        return f"{report.metric} {report.value:.1f}"
     change = f"{abs(report.drop):.4f} {'worse' if report.drop > 0 else 'better'}" if report.drop else "unchanged"
     return f"{report.metric} {report.value:.4f} ({change})"
 

@@ -31,7 +31,7 @@ from edgekit.schema.contract import Contract
 from edgekit.schema.digest import digest_bytes
 from edgekit.schema.target import TargetProfile
 from edgekit.schema.tensor import TensorSpec
-from edgekit.target.load import load_target, target_digest
+from edgekit.target.load import find_latency_table, load_target, target_digest
 from edgekit.target.probe import host_isa, is_host
 
 FEW_SAMPLES = 500
@@ -156,7 +156,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
     reporter.tell("prepare", "loading the target and the model")
     load_onnxruntime()  # before torch's exporter imports it: its telemetry is switched off at the first import or never
     target = load_target(request.target)
-    table = _read_table(request.latency_table)
+    table = _read_table(request.latency_table or find_latency_table(target, request.target))
     budget = parse_budget(request.budget, metric=request.metric) if request.budget is not None else None
     source = load_source(
         request.model, weights=request.weights, input_shapes=request.input_shapes, data=request.data, seed=request.seed
@@ -198,7 +198,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
 
 
 def _read_table(path: Path | None) -> LatencyTable | None:
-    """The table that the user gave.
+    """The table that the user or the target names.
 
     Raises:
         UsageError: ``latency_table.unreadable``.

@@ -110,7 +110,7 @@ class Race:
     def _path(self, choice: frozenset[str]) -> Path:
         if choice not in self._paths:
             path = self._folder / f"{len(self._paths)}.onnx"
-            path.write_bytes(encode(self._lab.build(choice, {}, {})))
+            path.write_bytes(encode(self._lab.build(choice, {}, {}) if choice else self._lab.proto))
             self._paths[choice] = path
         return self._paths[choice]
 
@@ -184,11 +184,12 @@ class Search:
         if SWEEP_SECONDS[effort] and not lab.sweep(min(self.deadline, time.monotonic() + 3 * SWEEP_SECONDS[effort])):
             self.notes.append("the sensitivity of some layers was estimated: the time was not enough to measure all")
         fastest = lab.choose(costs)
-        if not fastest.int8:
-            self.notes.append("no layer is faster in int8 on this host, conversions included")
-            return
         if self.table is None or costs.table is not self.table:  # this host's clock says nothing about another one's table
             fastest = self._polish(lab, costs, fastest)
+        if not fastest.int8:
+            where = "by the latency table" if self.table is costs.table else "on this host"
+            self.notes.append(f"no layer is faster in int8 {where}, conversions included")
+            return
         if self._is_late():
             return
         self.climbed = lab.climb(fastest.int8, LADDER[effort], self.deadline)
@@ -299,17 +300,15 @@ class Search:
         until = min(self.deadline, time.monotonic() + POLISH_SECONDS[self.context.effort])
         with tempfile.TemporaryDirectory(prefix="edgekit-polish-") as folder:
             race = Race(lab, self.feeds, self.threads, Path(folder), self.context.seed)
-            edges = set(edge_layers(lab.proto))
-            starts = [planned.int8, frozenset(lab.units), frozenset(lab.units) - edges]
-            best = race.fastest([choice for choice in starts if choice])
+            everything, edges = frozenset(lab.units), frozenset(edge_layers(lab.proto))
+            alone = frozenset(name for name, item in costs.units.items() if item.int8_ms < item.float_ms)
+            best = race.fastest([planned.int8, everything, everything - edges, alone, frozenset()])
             gains = {name: abs(item.float_ms - item.int8_ms) for name, item in costs.units.items()}
             for index, name in enumerate(sorted(gains, key=lambda name: gains[name])[:POLISHED]):
                 if time.monotonic() > until:
                     break
                 self.context.on_progress("settling close calls by timing", index / POLISHED)
-                flipped = best ^ {name}
-                if flipped:
-                    best = race.fastest([best, flipped])
+                best = race.fastest([best, best ^ {name}]) if best else best
         return lab.describe(best, planned)
 
     def _guard(self, lab: Lab, costs: Costs, fastest: Choice) -> None:

@@ -57,5 +57,7 @@ class TargetProfile(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     notes: str = ""
     device_model: str = ""
     """What the firmware of this board calls itself, as a part of ``/proc/device-tree/model``; empty for generic profiles."""
+    latency_table: str = ""
+    """A file beside the profile with times of nodes measured on this hardware, as ``edgekit optimize`` writes it there."""
     schema_version: int = SCHEMA_VERSION
     budget: TargetBudget = msgspec.field(default_factory=TargetBudget)

@@ -149,6 +149,14 @@ def load_target(name_or_path: str) -> TargetProfile:
     return _load_named(name_or_path)
 
 
+def find_latency_table(profile: TargetProfile, name_or_path: str) -> Path | None:
+    """The latency table that a profile names, beside the file that it was loaded from; None where it names none."""
+    if not profile.latency_table:
+        return None
+    path = Path(name_or_path)
+    return (path.parent if path.suffix == ".toml" else profiles_dir()) / profile.latency_table
+
+
 def _load_file(path: Path) -> TargetProfile:
     if not path.is_file():
         raise UsageError("target.not_found", f"{path}: there is no such file.", hint="Check the path.")

@@ -25,6 +25,7 @@ from edgekit.dataset.data import Dataset, make_dataset
 from edgekit.errors import UsageError
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.target import Int8Rules
+from edgekit.target.load import profiles_dir
 
 SIZE = 12
 
@@ -363,6 +364,20 @@ def test_latency_table_of_another_machine_decides(files):
     result = optimize(request(files, "there", latency_table=other))
     assert "int8-mixed" not in {item.name for item in result.candidates}
     assert "what runs in int8 was chosen by the latency table of slow in int8" in result.findings.notes
+
+
+def test_a_target_can_bring_its_latency_table(files):
+    optimize(request(files, "first"))
+    table = decode_json((files / "first" / "latency-table.json").read_bytes(), LatencyTable, name="table")
+    (files / "of-board.json").write_bytes(encode_json(msgspec.structs.replace(table, host="the board")))
+    text = (profiles_dir() / "x86-64-avx512-vnni.toml").read_text()
+    (files / "board.toml").write_text('latency_table = "of-board.json"\n' + text.replace("x86-64-avx512-vnni", "board"))
+    settings = {"model": str(files / "model.onnx"), "data": str(files / "data.npz"), "metric": "sqnr_db"}
+    result = optimize(OptimizeRequest(**settings, target=str(files / "board.toml"), out=files / "for-board"))
+    assert "what runs in int8 was chosen by the latency table of the board" in result.findings.notes
+    (files / "of-board.json").unlink()
+    with pytest.raises(UsageError, match=r"of-board\.json: no latency table"):
+        optimize(OptimizeRequest(**settings, target=str(files / "board.toml"), out=files / "without"))
 
 
 def test_wrong_latency_table_is_refused(files):
