@@ -260,6 +260,9 @@ def _print_comparison(comparison: RunComparison) -> None:
         if reference:
             what += f", each relative to {reference.new_name}, the same file in both runs, whose own row shows the machine"
         _tell(f"{what}; a change within {changes[0].noise:.1%} is noise", "dim")
+    for old, new in dict.fromkeys((change.old_name, change.new_name) for change in comparison.changes):
+        if old != new:
+            _tell(f"{new} was {old} in the old run", "dim")
     for text in comparison.warnings:
         _tell(f"warning: {text}", "yellow")
 
@@ -268,7 +271,7 @@ def _print_changes(changes: Sequence[ModelChange]) -> None:
     decimals = _decimals([change.new_p50_ms for change in changes])
     rows = [
         [
-            change.new_name if change.old_name == change.new_name else f"{change.old_name} → {change.new_name}",
+            change.new_name,
             f"{change.old_p50_ms:.{decimals}f}",
             f"{change.new_p50_ms:.{decimals}f}",
             f"{change.ratio:.3f}",

@@ -290,6 +290,13 @@ def test_run_of_a_newer_edgekit_and_run_without_times(tmp_path, kept, capsys):
     assert "it lacks the times" in capsys.readouterr().err
 
 
+def test_matched_models_go_by_their_new_names(kept, capsys):
+    assert main(["benchmark", "compare", kept, kept, "--match", "model.onnx=model.onnx (2)"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].startswith("model.onnx (2)")
+    assert "model.onnx (2) was model.onnx in the old run" in captured.err
+
+
 def test_match_without_an_equals_sign(kept, capsys):
     assert main(["benchmark", "compare", kept, kept, "--match", "model.onnx"]) == 2
     assert "expected OLD=NEW" in capsys.readouterr().err
