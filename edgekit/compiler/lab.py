@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,8 @@ POOL = 64
 """Calibration samples out of which the worst-degraded are ranked on."""
 RANKED = 32
 JUDGED = 24
+MADE = 48
+STEP_SECONDS = 8.0
 DISABLED = 40
 """Layers that go back to float32 one by one, for the report."""
 GAIN_DB = 0.05
@@ -95,6 +97,8 @@ class Lab:
     sweep_seconds: float = 0.0
     ranked: tuple[int, ...] = ()
     """Indices of the calibration samples to rank on; empty: chosen here, as many as ``sweep_seconds`` allow."""
+    made: tuple[int, ...] = ()
+    """Those that the steps of the ladder are made from; empty: chosen here, or the ranked ones where those are given."""
     has_histograms: bool = True
     """Without them there is only the min-max calibrator, for half the time."""
     tell: Tell = field(default=lambda _text, _done: None)
@@ -107,10 +111,14 @@ class Lab:
         self.quantized = write_qdq(self.proto, self.plan({}, ()))
         self._batch = affordable_batch(self.proto, self.calibration, limit=BATCH_BYTES, most=BATCH_SIZE)
         self.graph = QdqGraph(self.quantized)
+        self.seconds_per_sample = 0.0
         if not self.ranked:
             self.ranked = self._pick_samples()
+            self.made = self._pick_made()
+        self.made = self.made or self.ranked
         self.simulator = Simulator(self.proto, self.quantized, self.calibration.select(self.ranked), batch_size=self._batch)
         self._judge: Simulator | None = None
+        self._maker: Simulator | None = None
         self.units = self.simulator.units
         self.wiring: Wiring = wire(self.proto, self.units)
         self.sensitivity: dict[str, float] = {}
@@ -127,13 +135,17 @@ class Lab:
     def judge(self) -> Simulator:
         """A simulation on samples that no step is made from (where there are enough)."""
         if self._judge is None:
-            rest = np.setdiff1d(np.arange(len(self.calibration)), self.ranked)
+            rest = np.setdiff1d(np.arange(len(self.calibration)), (*self.ranked, *self.made))
             if len(rest) == 0:
                 rest = np.asarray(self.ranked)
-            count = max(fixed_batch(self.proto) or 1, min(len(rest), JUDGED, 2 * len(self.ranked)))
+            count = max(fixed_batch(self.proto) or 1, min(len(rest), JUDGED, 2 * len(self.made)))
             chosen = rest[spread_indices(len(rest), count)]
             self._judge = Simulator(self.proto, self.quantized, self.calibration.select(chosen), batch_size=self._batch)
         return self._judge
+
+    def with_model(self, proto: ModelProto) -> Lab:
+        """The same samples with another model, and no more than min-max ranges: enough to compare the two."""
+        return replace(self, proto=proto, has_histograms=False)
 
     # --- plans ------------------------------------------------------------------------------------------------------------
 
@@ -172,7 +184,7 @@ class Lab:
         simulator = Simulator(self.proto, self.quantized, probe, batch_size=self._batch)
         started = time.perf_counter()
         simulator.outputs(simulator.all_switches)
-        per_sample = (time.perf_counter() - started) / len(probe)
+        per_sample = self.seconds_per_sample = (time.perf_counter() - started) / len(probe)
         runs = max(1, len(simulator.all_switches))
         affordable = int(self.sweep_seconds / max(1e-6, runs * per_sample))
         ranked = min(RANKED, len(pool), max(size, 4, affordable))
@@ -181,6 +193,17 @@ class Lab:
         whole = Simulator(self.proto, self.quantized, self.calibration.select(pool), batch_size=self._batch)
         order = np.argsort(-_degradation(whole.reference, whole.outputs(whole.all_switches)), kind="stable")
         return tuple(sorted(int(index) for index in pool[order[:ranked]]))
+
+    def _pick_made(self) -> tuple[int, ...]:
+        """The ranked samples and as many others as the slowest step, one run a layer, can take in time."""
+        count, size = len(self.calibration), fixed_batch(self.proto) or 1
+        layers = sum(1 for _item in self.graph.weights())
+        affordable = int(STEP_SECONDS / max(1e-6, layers * self.seconds_per_sample / 2))
+        wanted = max(len(self.ranked), min(MADE, count // 2, affordable)) // size * size
+        others = np.setdiff1d(np.arange(count), self.ranked)
+        missing = min(len(others), wanted - len(self.ranked))
+        more = others[spread_indices(len(others), missing)] if missing > 0 else ()
+        return tuple(sorted({*self.ranked, *(int(index) for index in more)}))
 
     # --- what int8 does ---------------------------------------------------------------------------------------------------
 
@@ -320,10 +343,19 @@ class Lab:
         self._replayed[key] = overrides
         return overrides
 
+    @property
+    def maker(self) -> Simulator:
+        """The simulation that steps are made from."""
+        if self._maker is None:
+            data = self.calibration.select(self.made)
+            is_same = self.made == self.ranked
+            self._maker = self.simulator if is_same else Simulator(self.proto, self.quantized, data, batch_size=self._batch)
+        return self._maker
+
     def _step(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:
         layers = {unit for unit in units if self.units[unit].weights}
         setting = Setting(
-            simulator=self.simulator,
+            simulator=self.maker,
             graph=self.graph,
             originals=self.originals,
             layers=layers,

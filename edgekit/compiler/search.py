@@ -33,7 +33,7 @@ from edgekit.compiler.costs import Costs, LatencyTable, costs_from_table
 from edgekit.compiler.equalize import find_folds
 from edgekit.compiler.findings import Findings, LadderStep, LayerSaturation
 from edgekit.compiler.graph import encode, open_plain, read_onnx
-from edgekit.compiler.lab import ADAROUND, GAIN_DB, STEPS, Climb, Lab
+from edgekit.compiler.lab import ADAROUND, STEPS, Climb, Lab
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_dynamic import plan_dynamic, write_dynamic
 from edgekit.compiler.passes.on_onnx.quantize_planned import calibration_samples, open_lab
@@ -58,6 +58,8 @@ LADDER: dict[Effort, tuple[str, ...]] = {"fast": (), "default": STEPS, "max": ST
 TRIALS: dict[Effort, int] = {"fast": 0, "default": 6, "max": 9}
 STRENGTHS: dict[Effort, tuple[float, ...]] = {"fast": (), "default": (0.5,), "max": (0.25, 0.5, 0.75)}
 """Of SmoothQuant."""
+EQUALIZING_DB = 0.3
+"""Scaled channels must gain this much: everything is measured again with them."""
 ADAROUND_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 20.0, "max": 300.0}
 DISABLE_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 5.0, "max": 30.0}
 LEAST_SAVED = 0.05
@@ -199,6 +201,9 @@ class Search:
             return
         if not is_good and not self._learn_rounding(lab, fastest):
             self._guard(lab, costs, fastest)
+        good = [trial for trial in reversed(self.trials) if trial.is_good]
+        if good:
+            self._shrink(max(good, key=lambda trial: trial.choice.saved_ms).recipe)
         lab.sweep_disabled(fastest.int8, self.climbed, min(self.deadline, time.monotonic() + DISABLE_SECONDS[effort]))
 
     def _equalize(self, lab: Lab) -> Lab:
@@ -215,18 +220,10 @@ class Search:
                 break
             started, before = time.monotonic(), best
             self.context.on_progress(f"trying {spec.describe()}", 0.0)
-            trial = open_lab(
-                read_onnx(self.run_pass(spec).path),
-                self.context,
-                is_per_channel=is_per_channel,
-                reduce_range=False,
-                ranked=lab.ranked,
-                threads=self.threads,
-                host=self.host,
-            )
+            trial = lab.with_model(read_onnx(self.run_pass(spec).path))
             noise = trial.judge.noise(trial.simulator.all_switches)
             gain = decibels(noise) - decibels(best)
-            if gain >= GAIN_DB:
+            if gain >= EQUALIZING_DB:
                 best, chosen = noise, spec
             step = LadderStep(
                 name=spec.describe(),
@@ -388,8 +385,6 @@ class Search:
         is_good = self.attempt(recipe)
         self.trials.append(Trial(recipe=recipe, is_good=is_good, choice=choice))
         self._repair(recipe)
-        if is_good:
-            self._shrink(recipe)
         return is_good
 
     def _shrink(self, recipe: Recipe) -> None:
@@ -419,6 +414,7 @@ class Search:
             "steps": ",".join(self.climbed.steps),
             "refined_float": "" if refined == kept else json.dumps(refined),
             "ranked": json.dumps(list(self.lab.ranked)),
+            "made": json.dumps(list(self.lab.made)),
             "seven_bit": json.dumps(list(self.seven_bit)),
         }
         return replace(PLANNED, settings=settings)

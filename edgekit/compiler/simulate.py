@@ -132,7 +132,7 @@ class Simulator:
         if known is None or known[0] is not wanted or known[1] is not steps:
             zero = self._switched.array(weight.zero_point).astype(np.int32) if weight.zero_point else np.zeros((), np.int32)
             shifted = (wanted.astype(np.int32) - along(zero, weight.axis, wanted.ndim)).astype(np.float32)
-            known = (wanted, steps, shifted * along(steps, weight.axis, wanted.ndim))
+            known = (wanted, steps, np.asarray(shifted * along(steps, weight.axis, wanted.ndim)))
             self._rounded[name] = known
         return known[2]
 

@@ -76,6 +76,8 @@ class OrtSession:
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
         settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        if options.threads > 1:  # workers that spin between runs take the processor from whatever runs next, for nothing
+            settings.add_session_config_entry("session.force_spinning_stop", "1")
         settings.log_severity_level = _FATAL_ONLY  # errors come back as exceptions; printing them too is noise
         levels = ort.GraphOptimizationLevel
         settings.graph_optimization_level = levels.ORT_ENABLE_ALL if options.is_optimized else levels.ORT_DISABLE_ALL

@@ -40,6 +40,7 @@ def open_lab(
     is_per_channel: bool,
     reduce_range: bool,
     ranked: tuple[int, ...] = (),
+    made: tuple[int, ...] = (),
     sweep_seconds: float = 0.0,
     threads: int = 1,
     host: str = "",
@@ -47,7 +48,7 @@ def open_lab(
     """The lab of a model, made once."""
     samples = calibration_samples(context)
     rules = msgspec.json.encode(context.target.int8)
-    settings = json.dumps([is_per_channel, reduce_range, context.seed, samples.digest, list(ranked)]).encode()
+    settings = json.dumps([is_per_channel, reduce_range, context.seed, samples.digest, list(ranked), list(made)]).encode()
     key = hashlib.sha256(encode(proto) + rules + settings).hexdigest()
     if key not in _labs:
         while len(_labs) >= REMEMBERED:
@@ -63,10 +64,13 @@ def open_lab(
             host=host,
             sweep_seconds=sweep_seconds,
             ranked=ranked,
+            made=made,
             has_histograms=context.effort != "fast",
             tell=context.on_progress,
         )
-        settings = json.dumps([is_per_channel, reduce_range, context.seed, samples.digest, list(lab.ranked)]).encode()
+        settings = json.dumps(
+            [is_per_channel, reduce_range, context.seed, samples.digest, list(lab.ranked), list(lab.made)]
+        ).encode()
         _labs[hashlib.sha256(encode(proto) + rules + settings).hexdigest()] = lab
         return lab
     return _labs[key]
@@ -88,7 +92,8 @@ class QuantizePlanned:
         methods: calibrator by tensor; min-max where none is named.
         steps: refinements in their order, comma-separated.
         refined_float: the float32 nodes while the refinements were made; empty: ``float_nodes``.
-        ranked: indices of the calibration samples that the refinements look at, a list.
+        ranked: indices of the calibration samples that int8 degrades most, a list.
+        made: indices of those that the refinements are made from, a list; empty: ``ranked``.
         seven_bit: layers whose weights use 7 bits, a list.
     """
 
@@ -104,6 +109,7 @@ class QuantizePlanned:
         steps: str = "",
         refined_float: str = "",
         ranked: str = "[]",
+        made: str = "[]",
         seven_bit: str = "[]",
     ) -> None:
         self.is_per_channel = is_per_channel
@@ -113,6 +119,7 @@ class QuantizePlanned:
         self.steps = steps
         self.refined_float = refined_float
         self.ranked = ranked
+        self.made = made
         self.seven_bit = seven_bit
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
@@ -136,6 +143,7 @@ class QuantizePlanned:
             is_per_channel=self.is_per_channel,
             reduce_range=self.reduce_range,
             ranked=tuple(json.loads(self.ranked)),
+            made=tuple(json.loads(self.made)),
         )
         kept_float = frozenset(json.loads(self.float_nodes))
         int8 = frozenset(lab.units) - kept_float
