@@ -71,7 +71,7 @@ Array = NDArray[Any]
 SATURATION_SAMPLES = 16
 MOST_DYNAMIC_LAYERS = 100
 DYNAMIC_SAMPLES = 16
-POLISH_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 8.0, "max": 40.0}
+POLISH_SECONDS: dict[Effort, float] = {"fast": 0.0, "default": 4.0, "max": 40.0}
 POLISHED = 12
 """Nodes whose two forms differ least are tried both ways."""
 RACE_SECONDS = 0.15
