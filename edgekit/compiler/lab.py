@@ -8,7 +8,7 @@ only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from edgekit.compiler.refine import (
     learn_roundings,
     round_with_feedback,
 )
-from edgekit.compiler.simulate import BATCH_SIZE, Simulator, decibels
+from edgekit.compiler.simulate import BATCH_SIZE, Sessions, Simulator, add_switches, decibels
 from edgekit.compiler.solve import Choice, Wiring, choose, wire
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError
@@ -112,11 +112,12 @@ class Lab:
         self._batch = affordable_batch(self.proto, self.calibration, limit=BATCH_BYTES, most=BATCH_SIZE)
         self.graph = QdqGraph(self.quantized)
         self.seconds_per_sample = 0.0
+        self._sessions = Sessions(add_switches(self.proto, self.quantized))
         if not self.ranked:
             self.ranked = self._pick_samples()
             self.made = self._pick_made()
         self.made = self.made or self.ranked
-        self.simulator = Simulator(self.proto, self.quantized, self.calibration.select(self.ranked), batch_size=self._batch)
+        self.simulator = self._simulate(self.ranked)
         self._judge: Simulator | None = None
         self._maker: Simulator | None = None
         self.units = self.simulator.units
@@ -131,6 +132,11 @@ class Lab:
         nothing = np.zeros(0, np.int64)
         return {name: Statistics(*ends, nothing) for name, ends in collect_ranges(self.proto, self.calibration).items()}
 
+    def _simulate(self, samples: Sequence[int] | Array) -> Simulator:
+        """A simulation on these calibration samples."""
+        data = self.calibration.select(samples)
+        return Simulator(self.proto, self.quantized, data, batch_size=self._batch, sessions=self._sessions)
+
     @property
     def judge(self) -> Simulator:
         """A simulation on samples that no step is made from (where there are enough)."""
@@ -140,7 +146,7 @@ class Lab:
                 rest = np.asarray(self.ranked)
             count = max(fixed_batch(self.proto) or 1, min(len(rest), JUDGED, 2 * len(self.made)))
             chosen = rest[spread_indices(len(rest), count)]
-            self._judge = Simulator(self.proto, self.quantized, self.calibration.select(chosen), batch_size=self._batch)
+            self._judge = self._simulate(chosen)
         return self._judge
 
     def with_model(self, proto: ModelProto) -> Lab:
@@ -180,8 +186,8 @@ class Lab:
         if not self.sweep_seconds:
             return tuple(int(index) for index in spread_indices(count, min(count, max(size, 4))))
         pool = spread_indices(count, min(count, max(size, POOL)))
-        probe = self.calibration.select(pool[: max(size, min(len(pool), 4))])
-        simulator = Simulator(self.proto, self.quantized, probe, batch_size=self._batch)
+        probe = pool[: max(size, min(len(pool), 4))]
+        simulator = self._simulate(probe)
         started = time.perf_counter()
         simulator.outputs(simulator.all_switches)
         per_sample = self.seconds_per_sample = (time.perf_counter() - started) / len(probe)
@@ -190,7 +196,7 @@ class Lab:
         ranked = min(RANKED, len(pool), max(size, 4, affordable))
         if affordable < len(pool) // 4 or ranked >= len(pool):  # ranking the pool would cost more than it brings
             return tuple(int(index) for index in pool[spread_indices(len(pool), ranked)])
-        whole = Simulator(self.proto, self.quantized, self.calibration.select(pool), batch_size=self._batch)
+        whole = self._simulate(pool)
         order = np.argsort(-_degradation(whole.reference, whole.outputs(whole.all_switches)), kind="stable")
         return tuple(sorted(int(index) for index in pool[order[:ranked]]))
 
@@ -347,9 +353,7 @@ class Lab:
     def maker(self) -> Simulator:
         """The simulation that steps are made from."""
         if self._maker is None:
-            data = self.calibration.select(self.made)
-            is_same = self.made == self.ranked
-            self._maker = self.simulator if is_same else Simulator(self.proto, self.quantized, data, batch_size=self._batch)
+            self._maker = self.simulator if self.made == self.ranked else self._simulate(self.made)
         return self._maker
 
     def _step(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:

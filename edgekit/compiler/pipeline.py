@@ -55,7 +55,7 @@ from edgekit.schema.measurement import EvalReport, LatencyReport
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
-TIMING_SECONDS: dict[Effort, float] = {"fast": 0.3, "default": 0.4, "max": 4.0}
+TIMING_SECONDS: dict[Effort, float] = {"fast": 0.15, "default": 0.4, "max": 4.0}
 BYTES_PER_MB = 1e6
 DYNAMIC = "int8-dynamic"
 

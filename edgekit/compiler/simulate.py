@@ -55,6 +55,23 @@ class Unit:
         return (*self.activations, *self.weights)
 
 
+class Sessions:
+    """The model with switches, opened when it is first needed; simulations on different samples share it."""
+
+    def __init__(self, switched: Switched) -> None:
+        self.switched = switched
+
+    @cached_property
+    def constant(self) -> Any:
+        """With constant weights, which the runtime prepares for its fastest kernels."""
+        return _open(self.switched.model)
+
+    @cached_property
+    def replaceable(self) -> Any:
+        """With every weight and bias as an input that a run can replace."""
+        return _open(self.switched.with_open_weights())
+
+
 class Simulator:
     """The model with switches, and the float32 answers that everything is compared with.
 
@@ -63,10 +80,20 @@ class Simulator:
         quantized: the same model with everything in int8, from ``write_qdq``.
         data: samples to answer.
         batch_size: samples at a time; the model's own number where its batch is fixed.
+        sessions: of another simulation of the same model, which differs in its samples alone.
     """
 
-    def __init__(self, proto: ModelProto, quantized: ModelProto, data: Dataset, *, batch_size: int = BATCH_SIZE) -> None:
-        self._switched = add_switches(proto, quantized)
+    def __init__(
+        self,
+        proto: ModelProto,
+        quantized: ModelProto,
+        data: Dataset,
+        *,
+        batch_size: int = BATCH_SIZE,
+        sessions: Sessions | None = None,
+    ) -> None:
+        self.sessions = sessions or Sessions(add_switches(proto, quantized))
+        self._switched = self.sessions.switched
         self.units = self._switched.units
         self.tensors = self._switched.tensors
         self._is_fixed = fixed_batch(proto) is not None
@@ -74,16 +101,6 @@ class Simulator:
         self.data = data
         self.runs = 0
         self._rounded: dict[str, tuple[Array, Array, Array]] = {}
-
-    @cached_property
-    def _session(self) -> Any:
-        """With constant weights, which the runtime prepares for its fastest kernels."""
-        return _open(self._switched.model)
-
-    @cached_property
-    def _open_session(self) -> Any:
-        """With every weight and bias as an input that a run can replace."""
-        return _open(self._switched.with_open_weights())
 
     @cached_property
     def _names(self) -> list[str]:
@@ -104,7 +121,7 @@ class Simulator:
         """Every output over all samples with these switches on; ``overrides`` replace initializers of the simulation."""
         feeds = self.feeds(switches, overrides)
         is_plain = feeds.keys() <= self._switched.inputs
-        session = self._session if is_plain else self._open_session
+        session = self.sessions.constant if is_plain else self.sessions.replaceable
         answers = in_order(lambda batch: session.run(None, {**feeds, **batch}), self.batches(), workers)
         parts: list[list[Array]] = list(answers)
         self.runs += 1

@@ -25,6 +25,7 @@ BATCH_BYTES = 4 * 2**20
 """Inputs of one batch: every session keeps the memory of its largest batch."""
 _CHUNK_VALUES = 1 << 21
 _MAX_DISTINCT = 256
+_DRAWS = 200_000
 _PREDICTING = "running the model"
 
 Progress = Callable[[str, float], None]
@@ -200,10 +201,23 @@ def _drop_interval(
 ) -> tuple[float, float] | tuple[None, None]:
     if not isinstance(score, np.ndarray) or not isinstance(base, np.ndarray) or len(score) < 2:
         return None, None
+    if metric.is_higher_better and (base == 1).all() and 0 < (missed := float((score == 0).sum())) == float((score != 1).sum()):
+        return _share_interval(int(missed), len(score))
     means = resample_means(np.stack([score, base], axis=1), seed=seed)
     values = metric.finish(means)
     drops = values[:, 1] - values[:, 0] if metric.is_higher_better else values[:, 0] - values[:, 1]
     low, high = np.quantile(drops, INTERVAL)
+    return float(low), float(high)
+
+
+def _share_interval(missed: int, count: int) -> tuple[float, float]:
+    """95 % interval of the share of samples that are answered differently, where the baseline is right by definition.
+
+    Jeffreys' interval (Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion", 2001): with a handful of cases
+    the bootstrap's is too short.
+    """
+    drawn = np.random.default_rng(0).beta(missed + 0.5, count - missed + 0.5, _DRAWS)
+    low, high = np.quantile(drawn, INTERVAL)
     return float(low), float(high)
 
 
