@@ -236,3 +236,28 @@ def test_sample_model_on_the_runtime(sample_dir):
     assert report.value > 0.85
     assert len(report.per_class) == 10
     assert report.drop == 0
+
+
+# --- rare differences --------------------------------------------------------------------------------------------------------
+
+
+def agreement_of(missed: int, count: int):
+    """Agreement with fp32 where so many of the samples are answered differently."""
+    labels = np.arange(count) % 4
+    own = scores_for(np.arange(count) >= missed, labels)
+    data = make_dataset({"x": np.zeros((count, 1), np.float32)}, source="made here")
+    metric = resolve_metric("agreement", has_labels=False, task="classification")
+    return evaluate(own, scores_for(np.ones(count, bool), labels), data, metric, isa=[])
+
+
+@pytest.mark.parametrize(("missed", "low", "high"), [(1, 0.0004, 0.0155), (3, 0.0028, 0.0264), (150, 0.4437, 0.5563)])
+def test_interval_of_a_share_is_that_of_jeffreys(missed, low, high):
+    """Reference values: quantiles of Beta(missed + 1/2, 300 - missed + 1/2)."""
+    report = agreement_of(missed, 300)
+    assert report.drop == pytest.approx(missed / 300)
+    assert (report.drop_low, report.drop_high) == (pytest.approx(low, abs=3e-4), pytest.approx(high, abs=5e-4))
+
+
+def test_no_difference_has_no_width():
+    report = agreement_of(0, 300)
+    assert (report.drop_low, report.drop_high) == (0.0, 0.0)
