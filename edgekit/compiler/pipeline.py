@@ -253,7 +253,7 @@ class Evaluator:
         assert item.model is not None
         prepared, baseline = self._prepared, self._baseline
         try:
-            item.session = open_session(item.model.path, options=SessionOptions(threads=prepared.threads))
+            item.session = self._open(item)
             if item is not baseline:
                 assert baseline.session is not None
                 _check_interface(item.session, baseline.session)
@@ -262,15 +262,26 @@ class Evaluator:
             if item.evaluation is not None:
                 return
             if self._expected is None:
-                assert baseline.session is not None
-                self._expected = _predict(baseline, prepared.evaluation)
-            outputs = self._expected if item is baseline else _predict(item, prepared.evaluation)
+                self._expected = self._answer(baseline)
+            outputs = self._expected if item is baseline else self._answer(item)
             item.evaluation = _evaluate(prepared, outputs, self._expected)
             prepared.cache.keep_evaluation(key, item.evaluation)
         except EdgekitError as error:
             if item is baseline:
                 raise
             item.fail(f"made, but does not run: {error.message}")
+
+    def _open(self, item: Made) -> Session:
+        assert item.model is not None
+        return open_session(item.model.path, options=SessionOptions(threads=self._prepared.threads))
+
+    def _answer(self, item: Made) -> dict[str, Array]:
+        """All answers; then the session is opened anew, since one keeps the memory of its largest batch as long as it lives."""
+        assert item.session is not None
+        outputs = _predict(item, self._prepared.evaluation)
+        item.session.close()
+        item.session = self._open(item)
+        return outputs
 
 
 # --- search -----------------------------------------------------------------------------------------------------------------
