@@ -82,15 +82,17 @@ Listener = Callable[[Event], None]
 
 
 class Reporter:
-    """Turns progress inside a stage into progress of the whole run."""
+    """Turns progress inside a stage into progress of the whole run, which never goes back: a search tells its steps anew."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
+        self._done = 0.0
 
     def tell(self, stage: str, text: str, done: float = 0.0) -> None:
         """``done`` is the fraction of the stage, 0..1."""
         start, end = STAGES[stage]
-        self._listener(Event(stage=text, done=start + (end - start) * min(max(done, 0.0), 1.0)))
+        self._done = max(self._done, start + (end - start) * min(max(done, 0.0), 1.0))
+        self._listener(Event(stage=text, done=self._done))
 
 
 @dataclass(frozen=True, kw_only=True)
