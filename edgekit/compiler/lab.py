@@ -357,6 +357,13 @@ class Lab:
         return self._maker
 
     def _step(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:
+        """One step; on one thread of linear algebra, since the order of its sums would depend on their number."""
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(limits=1, user_api="blas"):
+            return self._refine(name, units, overrides)
+
+    def _refine(self, name: str, units: frozenset[str], overrides: Overrides) -> Overrides:
         layers = {unit for unit in units if self.units[unit].weights}
         setting = Setting(
             simulator=self.maker,

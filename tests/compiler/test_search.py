@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+import threadpoolctl
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compiler.calibration import BINS, METHODS, Statistics, collect_statistics
@@ -206,6 +207,20 @@ def test_leaving_one_layer_in_float_is_measured_with_all_others_in_int8(lab):
     assert lab.disabled[name] == pytest.approx(lab.simulator.noise(lab.simulator.switches_of(others)))
     record = next(item for item in lab.layer_records(None, lab.units) if item.layer == name)
     assert record.disable_one_db == pytest.approx(decibels(lab.disabled[name]))
+
+
+def test_steps_sum_on_one_thread_so_that_their_bits_do_not_depend_on_the_machine(lab, monkeypatch):
+    seen = []
+
+    def look(_setting) -> dict:
+        seen.extend(item["num_threads"] for item in threadpoolctl.threadpool_info() if item["user_api"] == "blas")
+        return {}
+
+    monkeypatch.setattr("edgekit.compiler.lab.correct_biases", look)
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        lab._step("bias", frozenset(lab.units), {})
+    assert seen
+    assert set(seen) == {1}
 
 
 def test_bias_correction_centres_the_answers(lab):
