@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgekit.compiler.calibration import affordable_batch, fixed_batch, whole_batches
 from edgekit.compiler.graph import encode, open_plain
-from edgekit.compiler.qdq import QdqGraph
+from edgekit.compiler.qdq import QdqGraph, along
 from edgekit.dataset.data import Dataset
 from edgekit.runtime.parallel import in_order
 
@@ -140,16 +140,16 @@ class Weights:
     def made(self, node: NodeProto) -> Array:
         """Largest absolute weight by output channel."""
         values = np.abs(self.get(node.input[1]))
-        if node.op_type == "LayerNormalization":
-            return values.reshape(-1)
-        axis = 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and _number(node, "transB", 0)) else values.ndim - 1
-        return np.asarray(values.max(axis=tuple(place for place in range(values.ndim) if place != axis)))
+        return _largest_along(values, self._output_axis(node, values.ndim))
 
     def read(self, node: NodeProto) -> Array:
         """Largest absolute weight by input channel."""
-        values = np.abs(self.get(node.input[1]))
-        axis = self._input_axis(node)
-        return np.asarray(values.max(axis=tuple(place for place in range(values.ndim) if place != axis)))
+        return _largest_along(np.abs(self.get(node.input[1])), self._input_axis(node))
+
+    @staticmethod
+    def _output_axis(node: NodeProto, rank: int) -> int:
+        is_first = node.op_type == "Conv" or (node.op_type == "Gemm" and _number(node, "transB", 0))
+        return 0 if is_first else rank - 1
 
     def _input_axis(self, node: NodeProto) -> int:
         if node.op_type == "Conv":
@@ -159,9 +159,7 @@ class Weights:
     def divide(self, node: NodeProto, factors: Array) -> None:
         """Divide what a layer makes."""
         values = self.get(node.input[1])
-        is_first = node.op_type == "Conv" or (node.op_type == "Gemm" and _number(node, "transB", 0))
-        shape = [-1 if place == (0 if is_first else values.ndim - 1) else 1 for place in range(values.ndim)]
-        self._changed[node.input[1]] = values / factors.reshape(shape)
+        self._changed[node.input[1]] = values / along(factors, self._output_axis(node, values.ndim), values.ndim)
         if len(node.input) > 2 and node.input[2]:
             self._changed[node.input[2]] = self.get(node.input[2]) / factors
         if node.op_type == "MatMul":
@@ -173,8 +171,12 @@ class Weights:
     def multiply(self, node: NodeProto, factors: Array) -> None:
         """Multiply what a layer reads."""
         values = self.get(node.input[1])
-        axis = self._input_axis(node)
-        self._changed[node.input[1]] = values * factors.reshape([-1 if place == axis else 1 for place in range(values.ndim)])
+        self._changed[node.input[1]] = values * along(factors, self._input_axis(node), values.ndim)
+
+
+def _largest_along(values: Array, axis: int) -> Array:
+    """The largest value at each place of an axis."""
+    return np.asarray(values.max(axis=tuple(place for place in range(values.ndim) if place != axis)))
 
 
 def equalize(proto: ModelProto, data: Dataset, *, rule: Rule, strength: float = 0.5) -> tuple[ModelProto, int]:
@@ -240,8 +242,7 @@ def channel_maxima(proto: ModelProto, data: Dataset, tensors: Mapping[str, bool]
     def largest(batch: tuple[int, dict[str, Array]]) -> dict[str, Array]:
         found = {}
         for (name, is_last), values in zip(tensors.items(), session.run(list(tensors), batch[1]), strict=True):
-            axis = values.ndim - 1 if is_last else 1
-            found[name] = np.abs(values).max(axis=tuple(place for place in range(values.ndim) if place != axis))
+            found[name] = _largest_along(np.abs(values), values.ndim - 1 if is_last else 1)
         return found
 
     result: dict[str, Array] = {}

@@ -167,10 +167,11 @@ def test_kept_rounds_are_few_paired_and_spread(model):
     assert part.reports["model.onnx"].runs == 2500
 
 
-@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="one CPU leaves no choice")
 @pytest.mark.parametrize(("wanted", "count"), [(None, 1), (True, 1), (False, 0)])
 def test_pinned_while_it_lasts(model, wanted, count):
     before = allowed_cpus()
+    if wanted is None and len(before) == 1:
+        count = 0  # one thread on one CPU: there is nothing to choose
     run = run_benchmark(BenchmarkRequest(models=(model,), seconds=0.0, min_runs=5, is_pinned=wanted))
     assert len(run.runs[0].cpus) == count
     assert allowed_cpus() == before
