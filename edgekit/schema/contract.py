@@ -27,3 +27,5 @@ class Contract(Record, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     task: Task = "other"
     labels: tuple[str, ...] = ()
+    thresholds: dict[str, float] = {}
+    """By label, the score from which an answer counts; labels without one have no threshold."""

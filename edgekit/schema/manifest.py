@@ -1,7 +1,8 @@
 """The bundle manifest: the small signed record that binds every blob of a release.
 
 The manifest embeds the Candidate, so that evidence (accuracy, latency, lineage) travels with the model. ``variants`` has one
-entry per form of the model; the device takes the first whose ``requires`` it meets.
+entry per form of the model, the preferred first; the device takes the first whose ``requires`` it meets. The embedded
+candidate is the first variant's; each further variant names its own candidate's blob.
 """
 
 from __future__ import annotations
@@ -21,8 +22,22 @@ from edgekit.schema.tensor import TensorData
 
 ModelName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?\Z")]
 ModelVersion = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-9A-Za-z])?\Z")]
-BlobRole = Literal["model", "golden", "candidate", "report", "card"]
+BlobRole = Literal["model", "golden", "candidate", "report", "card", "bom", "provenance", "signature"]
 MANIFEST_MEDIA_TYPE = "application/vnd.edgekit.manifest.v1+json"
+
+
+class Sealed(Record, frozen=True, kw_only=True):
+    """How a blob is encrypted: the blob is one age file (https://age-encryption.org/v1) for these recipients.
+
+    The blob's own digest and size are those of the encrypted bytes, which is what travels; ``digest`` and ``size_bytes`` here
+    are those of the content, which is what a device must have after it opened the blob.
+    """
+
+    digest: Digest
+    size_bytes: int
+    recipients: tuple[str, ...]
+    """``age1...``, for people: who can open it."""
+    scheme: Literal["age"] = "age"
 
 
 class BlobRef(Record, frozen=True, kw_only=True):
@@ -32,6 +47,7 @@ class BlobRef(Record, frozen=True, kw_only=True):
     role: BlobRole
     digest: Digest
     size_bytes: int
+    sealed: Sealed | None = None
 
 
 class Requires(Record, frozen=True, kw_only=True):
@@ -45,8 +61,26 @@ class Requires(Record, frozen=True, kw_only=True):
     ram_mb: float | None = None
 
 
+class Parity(Record, frozen=True, kw_only=True):
+    """How far a variant answers as the release's first variant does, on the same samples.
+
+    ``agreement`` is the share of samples with the same largest class (classification only), ``sqnr_db`` the signal to
+    quantization noise ratio of the outputs against the first variant's.
+    """
+
+    reference: str
+    """The first variant's name."""
+    samples: int
+    data: Digest | None
+    sqnr_db: float
+    agreement: float | None = None
+    limit: str = ""
+    """The limit that it had to meet, as it was written: ``agreement>=0.98``."""
+    is_met: bool = True
+
+
 class Variant(Record, frozen=True, kw_only=True):
-    """One form of the model with its golden samples; both digests name blobs of the manifest."""
+    """One form of the model with its golden samples; the digests name blobs of the manifest."""
 
     name: str
     format: ModelFormat
@@ -54,6 +88,12 @@ class Variant(Record, frozen=True, kw_only=True):
     model: Digest
     golden: Digest
     requires: Requires
+    target: str = ""
+    """The target that it was optimized for; empty is the manifest's."""
+    candidate: Digest | None = None
+    """Its evidence, a blob with the role ``candidate``; None for the first variant, whose candidate is embedded."""
+    parity: Parity | None = None
+    """Against the first variant; None for the first."""
 
 
 class Manifest(Record, frozen=True, kw_only=True):

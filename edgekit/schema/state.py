@@ -9,6 +9,7 @@ import msgspec
 
 from edgekit.schema.base import SCHEMA_VERSION, Record
 from edgekit.schema.digest import Digest
+from edgekit.schema.release import Recall
 
 SlotName = Literal["a", "b"]
 SlotStatus = Literal["empty", "staging", "verified", "active", "good", "bad"]
@@ -25,6 +26,8 @@ class Slot(Record, frozen=True, kw_only=True):
     counter: int = 0
     manifest: Digest | None = None
     model_digest: Digest | None = None
+    variant: str = ""
+    """The variant that the device took."""
 
 
 class Refusal(Record, frozen=True, kw_only=True):
@@ -42,7 +45,8 @@ class Refusal(Record, frozen=True, kw_only=True):
 class Floors(Record, frozen=True, kw_only=True):
     """Anti-rollback floors; they never decrease, except that a new root version resets snapshot and timestamp.
 
-    ``releases`` maps a model's name to its highest committed release counter; ``time`` is the latest verified time.
+    ``releases`` maps a model's name to its highest committed release counter; ``time`` is the latest verified time;
+    ``delegated`` has the versions of delegated targets roles.
     """
 
     root: int = 0
@@ -51,6 +55,7 @@ class Floors(Record, frozen=True, kw_only=True):
     targets: int = 0
     releases: dict[str, int] = {}
     time: datetime | None = None
+    delegated: dict[str, int] = {}
 
 
 class AgentState(Record, frozen=True, kw_only=True):
@@ -61,6 +66,9 @@ class AgentState(Record, frozen=True, kw_only=True):
     active: SlotName | None = None
     floors: Floors = msgspec.field(default_factory=Floors)
     refusals: tuple[Refusal, ...] = ()
+    recalls: tuple[Recall, ...] = ()
+    failed_deltas: tuple[Digest, ...] = ()
+    """Deltas that did not give what they promised here; they are not tried again."""
     phase: Phase = "idle"
     intent: str = ""
     """What the phase was about, for people and for recovery: ``<model>@<version>#<counter>``."""
