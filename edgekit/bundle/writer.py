@@ -141,6 +141,26 @@ def _checked(item: _Sized, ref: BlobRef) -> _Sized:
     return item
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A release that is not signed yet: the manifest, and the content, or the file that has it, of each blob by digest.
+
+    What adds to a release takes a draft and gives a new one (:meth:`with_blob`), until :func:`write_bundle` signs it.
+    """
+
+    manifest: Manifest
+    blobs: Mapping[str, Content]
+
+    def with_blob(self, path: str, role: BlobRole, content: Content) -> Draft:
+        """The draft with one more blob; the same content again changes nothing."""
+        item = _measure(content)
+        if item.digest in self.blobs:
+            return self
+        ref = BlobRef(path=path, role=role, digest=item.digest, size_bytes=item.size_bytes)
+        manifest = msgspec.structs.replace(self.manifest, blobs=(*self.manifest.blobs, ref))
+        return Draft(manifest, {**self.blobs, item.digest: content})
+
+
 def pack_bundle(
     candidate_dir: Path,
     out: Path,
@@ -157,7 +177,7 @@ def pack_bundle(
     threads: int = 2,
     seed: int = 0,
 ) -> Path:
-    """Pack the output folder of ``edgekit optimize``.
+    """Pack and sign the output folder of ``edgekit optimize``; arguments and errors as :func:`draft_bundle`.
 
     Args:
         candidate_dir: holds ``candidate.json``, the model it names and the reports.
@@ -165,6 +185,51 @@ def pack_bundle(
         name: the model's name, lower case.
         version: the release's version.
         signer: the publisher's key, or several.
+        open_session: the runtime, to make golden samples on.
+        data: real samples for the golden set.
+        golden_samples: how many to keep.
+        arch: the target's architecture, which a device must have.
+        ram_mb: memory that a device must have.
+        created_at: for bytes that can be made again; None is now.
+        threads: the largest number of threads that the tolerance is measured with.
+        seed: for drawn golden inputs.
+    """
+    draft = draft_bundle(
+        candidate_dir,
+        name=name,
+        version=version,
+        open_session=open_session,
+        data=data,
+        golden_samples=golden_samples,
+        arch=arch,
+        ram_mb=ram_mb,
+        created_at=created_at,
+        threads=threads,
+        seed=seed,
+    )
+    return write_bundle(draft.manifest, draft.blobs, signer=signer, out=out)
+
+
+def draft_bundle(
+    candidate_dir: Path,
+    *,
+    name: str,
+    version: str,
+    open_session: SessionOpener,
+    data: Samples | None = None,
+    golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
+    arch: tuple[str, ...] = (),
+    ram_mb: float | None = None,
+    created_at: datetime | None = None,
+    threads: int = 2,
+    seed: int = 0,
+) -> Draft:
+    """Make a release, not signed yet, of the output folder of ``edgekit optimize``.
+
+    Args:
+        candidate_dir: holds ``candidate.json``, the model it names and the reports.
+        name: the model's name, lower case.
+        version: the release's version.
         open_session: the runtime, to make golden samples on.
         data: real samples for the golden set.
         golden_samples: how many to keep.
@@ -215,7 +280,7 @@ def pack_bundle(
         candidate=candidate,
         edgekit_version=__version__,
     )
-    return write_bundle(manifest, blobs, signer=signer, out=out)
+    return Draft(manifest, blobs)
 
 
 def _variant(name: str, artifact: ModelArtifact, golden: str, requires: Requires) -> Variant:
