@@ -12,7 +12,7 @@ import typer
 from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
 
 if TYPE_CHECKING:
-    from edgekit.repository.store import RepositoryStatus
+    from edgekit.repository.ceremony import RepositoryStatus
 
 app = typer.Typer(
     help="The update repository: init, trust, publish, status, refresh, serve.",
@@ -32,7 +32,7 @@ def init(
     json: bool = JSON,
 ) -> None:
     """Create a repository with its keys (root, targets, snapshot, timestamp)."""
-    from edgekit.repository.store import init_repository
+    from edgekit.repository.ceremony import init_repository
 
     status = init_repository(folder, keys_dir=keys)
     if json:
@@ -45,7 +45,7 @@ def init(
 @app.command()
 def trust(folder: Path = FOLDER, key: Path = typer.Argument(..., metavar="PUBKEY", help="A publisher's public key.")) -> None:
     """Trust a publisher: its bundles may be published here."""
-    from edgekit.repository.store import add_publisher
+    from edgekit.repository.publishing import add_publisher
 
     out(add_publisher(folder, key).keyid)
 
@@ -61,7 +61,7 @@ def publish(
     json: bool = JSON,
 ) -> None:
     """Verify a bundle and make it a release. Exit 4: the bundle was refused."""
-    from edgekit.repository.store import publish as publish_bundle
+    from edgekit.repository.publishing import publish as publish_bundle
     from edgekit.trust.keys import load_public_key
 
     keys = [load_public_key(path) for path in key]
@@ -76,7 +76,7 @@ def publish(
 @app.command()
 def status(folder: Path = FOLDER, json: bool = JSON) -> None:
     """Show releases, channels, and when each role's signature expires."""
-    from edgekit.repository.store import repository_status
+    from edgekit.repository.ceremony import repository_status
 
     found = repository_status(folder)
     if json:
@@ -132,7 +132,7 @@ def refresh(
     json: bool = JSON,
 ) -> None:
     """Sign timestamp and snapshot again; run it daily, so that devices go on to trust the repository."""
-    from edgekit.repository.store import refresh_repository
+    from edgekit.repository.ceremony import refresh_repository
 
     found = refresh_repository(folder, is_targets_too=targets)
     if json:
@@ -145,7 +145,7 @@ def refresh(
 @app.command()
 def check(folder: Path = FOLDER) -> None:
     """Compare every manifest and blob with its digest. Exit 1: something is missing or damaged."""
-    from edgekit.repository.store import check_repository
+    from edgekit.repository.publishing import check_repository
 
     faults = check_repository(folder)
     for fault in faults:

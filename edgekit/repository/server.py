@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 _HEX = "[0-9a-f]{64}"
 _NAME = r"[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-9A-Za-z])?"
-_IMMUTABLE = re.compile(rf"blobs/sha256/({_HEX})\Z|targets/models/{_NAME}/{_NAME}/({_HEX})\.manifest\.json\Z")
+_IMMUTABLE = re.compile(
+    rf"blobs/sha256/({_HEX})\Z|targets/(?:models/{_NAME}/{_NAME}/(?:{_NAME}/)?({_HEX})\.manifest|({_HEX})\.recalls)\.json\Z"
+)
 _VERSIONED = re.compile(r"metadata/[0-9]{1,18}\.[a-z][a-z0-9_-]{0,63}\.json\Z")
 _MUTABLE = "metadata/timestamp.json"
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z")

@@ -12,7 +12,7 @@ timestamp, so that the owner can recover from stolen online keys that signed abs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import msgspec
@@ -32,6 +32,8 @@ class RoleVersions:
     timestamp: int
     snapshot: int
     targets: int
+    delegated: dict[str, int] = field(default_factory=dict)
+    """By ``<role>:<fingerprint of its keys>``: new keys begin anew, which is how an owner recovers from a stolen one."""
 
 
 def check_roles(floors: Floors, seen: RoleVersions) -> None:
@@ -49,11 +51,22 @@ def check_roles(floors: Floors, seen: RoleVersions) -> None:
                 f"{role} version {version} is older than {floor}, which this device has already seen.",
                 hint=_REPLAY_HINT,
             )
+    for role, version in seen.delegated.items():
+        floor = floors.delegated.get(role, 0)
+        if version < floor:
+            raise TrustError(
+                "trust.rollback",
+                f"{role.partition(':')[0]} version {version} is older than {floor}, which this device has already seen.",
+                hint=_REPLAY_HINT,
+            )
 
 
 def raise_roles(floors: Floors, seen: RoleVersions, now: datetime) -> Floors:
     """The floors after this metadata was accepted at ``now``, which is also the least that the clock may say from here on."""
     is_new_root = seen.root > floors.root
+    named = {role.partition(":")[0] for role in seen.delegated}
+    delegated = {role: version for role, version in floors.delegated.items() if role.partition(":")[0] not in named}
+    delegated |= {role: max(version, floors.delegated.get(role, 0)) for role, version in seen.delegated.items()}
     return msgspec.structs.replace(
         floors,
         root=max(floors.root, seen.root),
@@ -61,6 +74,7 @@ def raise_roles(floors: Floors, seen: RoleVersions, now: datetime) -> Floors:
         snapshot=seen.snapshot if is_new_root else max(floors.snapshot, seen.snapshot),
         targets=max(floors.targets, seen.targets),
         time=reference_time(floors, now),
+        delegated=delegated,
     )
 
 

@@ -13,11 +13,14 @@ This module imports tuf (and through it ``cryptography``, where that is installe
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,18 +28,20 @@ from typing import NoReturn
 
 import msgspec
 from tuf.api import exceptions
-from tuf.api.metadata import Root, TargetFile  # type: ignore[attr-defined]
+from tuf.api.metadata import DelegatedRole, Key, Role, Root, TargetFile, Targets  # type: ignore[attr-defined]
 from tuf.ngclient import Updater, UpdaterConfig  # type: ignore[attr-defined]
 
 from edgekit.errors import DeviceError, RepositoryError, TrustError
-from edgekit.schema.release import Release
+from edgekit.schema.release import RECALLS_PATH, Recall, RecallList, Release
 from edgekit.trust.fetcher import BoundedFetcher
 from edgekit.trust.floors import RoleVersions
 from edgekit.trust.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_PATH = re.compile(r"models/([^/]+)/([^/]+)/manifest\.json\Z")
+MANIFEST_PATH = re.compile(r"models/([^/]+)/([^/]+)/(?:([^/]+)/)?manifest\.json\Z")
+MAX_DELEGATED_ROLES = 64
+MAX_RECALLS = 4096
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_CURED_BY_A_NEW_CACHE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -48,15 +53,16 @@ class VerifiedMetadata:
 
     versions: RoleVersions
     releases: tuple[Release, ...]
+    recalls: tuple[Recall, ...]
     expires_at: datetime
     """When the first of the roles expires."""
     received_bytes: int
 
 
 def refresh_metadata(
-    metadata_dir: Path, metadata_url: str, *, root: bytes, time: datetime, transport: Transport
+    metadata_dir: Path, metadata_url: str, *, root: bytes, time: datetime, transport: Transport, model: str = ""
 ) -> VerifiedMetadata:
-    """Refresh root, timestamp, snapshot and targets, and list the releases.
+    """Refresh root, timestamp, snapshot, targets and the roles that it delegates to, and list the releases.
 
     Args:
         metadata_dir: the cache; made where missing, rebuilt where damaged.
@@ -64,6 +70,7 @@ def refresh_metadata(
         root: the root metadata that the device was provisioned with.
         time: by which expiry is judged, UTC.
         transport: the connections.
+        model: delegated roles that may not speak of this model are not fetched; empty fetches all.
 
     Raises:
         RepositoryError: ``repository.unreachable``, ``repository.not_found``, ``repository.slow``, ``repository.interrupted``.
@@ -73,31 +80,32 @@ def refresh_metadata(
     """
     fetcher = BoundedFetcher(transport)
     try:
-        updater = _refresh(metadata_dir, metadata_url, root, time, fetcher)
+        updater, delegated = _refresh(metadata_dir, metadata_url, root, time=time, fetcher=fetcher, model=model)
     except OSError as error:
         if error.errno in _NOT_CURED_BY_A_NEW_CACHE:
             _raise_storage(error, metadata_dir)
         logger.warning("metadata cache is damaged, making a new one: path=%s error=%s", metadata_dir, error)
         _remove(metadata_dir)
         try:
-            updater = _refresh(metadata_dir, metadata_url, root, time, fetcher)
+            updater, delegated = _refresh(metadata_dir, metadata_url, root, time=time, fetcher=fetcher, model=model)
         except OSError as second:
             _raise_storage(second, metadata_dir)
     trusted = updater._trusted_set  # noqa: SLF001 - python-tuf has no public view of it; tuf is pinned below 8
-    _refuse_duplicate_keys(trusted.root)
     try:
         _sync_tree(metadata_dir)
     except OSError as error:
         _raise_storage(error, metadata_dir)
-    roles = (trusted.root, trusted.timestamp, trusted.snapshot, trusted.targets)
+    roles = (trusted.root, trusted.timestamp, trusted.snapshot, trusted.targets, *delegated.values())
     return VerifiedMetadata(
         versions=RoleVersions(
             root=trusted.root.version,
             timestamp=trusted.timestamp.version,
             snapshot=trusted.snapshot.version,
             targets=trusted.targets.version,
+            delegated={_fingerprint(trusted.targets, role): found.version for role, found in delegated.items()},
         ),
-        releases=_releases(trusted.targets.targets),
+        releases=list_releases(trusted.targets, delegated),
+        recalls=_recalls(trusted.targets),
         expires_at=min(role.expires for role in roles),
         received_bytes=fetcher.received_bytes,
     )
@@ -110,7 +118,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refresh(metadata_dir: Path, url: str, root: bytes, time: datetime, fetcher: BoundedFetcher) -> Updater:
+def _refresh(
+    metadata_dir: Path, url: str, root: bytes, *, time: datetime, fetcher: BoundedFetcher, model: str
+) -> tuple[Updater, dict[str, Targets]]:
     metadata_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
         updater = Updater(str(metadata_dir), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
@@ -123,11 +133,25 @@ def _refresh(metadata_dir: Path, url: str, root: bytes, time: datetime, fetcher:
     updater._trusted_set.reference_time = time  # noqa: SLF001 - the only way to set it; a test holds it
     try:
         updater.refresh()
+        refuse_duplicate_keys(updater._trusted_set.root)  # noqa: SLF001 - no public view of it
+        delegated = _load_delegated(updater, model)
     except exceptions.DownloadError as error:
         _raise_download(error, url)
     except exceptions.RepositoryError as error:
         _raise_refused(error)
-    return updater
+    return updater, delegated
+
+
+def _load_delegated(updater: Updater, model: str) -> dict[str, Targets]:
+    """The roles that the targets role delegates to directly, in its order, as far as they may speak of the model."""
+    targets = updater._trusted_set.targets  # noqa: SLF001 - no public view of it
+    roles = (targets.delegations.roles if targets.delegations else None) or {}
+    if len(roles) > MAX_DELEGATED_ROLES:
+        raise TrustError("trust.metadata", f"targets delegates to {len(roles)} roles; a device follows {MAX_DELEGATED_ROLES}.")
+    refuse_duplicate_keys(targets)
+    probe = f"models/{model}/0/0/manifest.json"
+    wanted = [name for name, role in roles.items() if not model or role.is_delegated_path(probe)]
+    return {name: updater._load_targets(name, "targets") for name in wanted}  # noqa: SLF001 - the public way is one path at a time
 
 
 def _raise_download(error: exceptions.DownloadError, url: str) -> NoReturn:
@@ -187,21 +211,91 @@ def _raise_storage(error: OSError, folder: Path) -> NoReturn:
     raise DeviceError("device.storage", f"{folder}: cannot keep metadata: {error.strerror or error}.") from error
 
 
-def _refuse_duplicate_keys(root: Root) -> None:
-    """python-tuf counts keyids; thresholds are about different keys."""
-    for name, role in root.roles.items():
-        material = [str(root.keys[keyid].keyval.get("public")) for keyid in role.keyids if keyid in root.keys]
-        if len(set(material)) != len(material):
+def refuse_duplicate_keys(delegator: Root | Targets) -> None:
+    """python-tuf counts key ids; thresholds are about different keys.
+
+    Raises:
+        TrustError: ``trust.duplicate_key``.
+    """
+    roles: Mapping[str, Role] = {}
+    keys: Mapping[str, Key] = {}
+    if isinstance(delegator, Root):
+        roles, keys = delegator.roles, delegator.keys
+    elif delegator.delegations is not None:
+        succinct = delegator.delegations.succinct_roles
+        roles = delegator.delegations.roles or ({"bins": succinct} if succinct else {})
+        keys = delegator.delegations.keys
+    for name, role in roles.items():
+        found = [_material(keys[keyid]) for keyid in role.keyids if keyid in keys]
+        if len(set(found)) != len(found):
             raise TrustError(
                 "trust.duplicate_key",
-                f"the root metadata lists one key of the role {name} twice: its threshold means nothing.",
-                hint="The owner of the repository must sign a new root.",
+                f"the {delegator.type} metadata lists one key of the role {name} twice: its threshold means nothing.",
+                hint=f"The owner of the repository must sign new {delegator.type} metadata.",
             )
 
 
-def _releases(targets: dict[str, TargetFile]) -> tuple[Release, ...]:
-    found = [release for path, target in targets.items() if (release := _release(path, target)) is not None]
-    return tuple(sorted(found, key=lambda release: (release.info.name, release.info.counter)))
+def _material(key: Key) -> bytes:
+    """The bytes of a public key, however they are written down."""
+    text = str(key.keyval.get("public", ""))
+    try:
+        if text.startswith("-----BEGIN"):
+            return base64.b64decode("".join(line for line in text.split("\n") if not line.startswith("-----")))
+        return bytes.fromhex(text)
+    except ValueError:
+        return text.encode(errors="surrogatepass")
+
+
+def _fingerprint(targets: Targets, role: str) -> str:
+    """A delegated role and its keys, as the floors name it."""
+    keyids = sorted(targets.get_delegated_role(role).keyids)
+    return f"{role}:{hashlib.sha256(' '.join(keyids).encode()).hexdigest()[:16]}"
+
+
+def list_releases(targets: Targets, delegated: Mapping[str, Targets]) -> tuple[Release, ...]:
+    """Every release that the targets role and its delegated roles may speak of; for one path the most trusted role decides.
+
+    Args:
+        targets: the targets role.
+        delegated: metadata of the roles that it delegates to; those not given are not looked into.
+    """
+    files = dict(targets.targets)
+    roles = (targets.delegations.roles if targets.delegations else None) or {}
+    for name, found in delegated.items():
+        for path, target in found.targets.items():
+            if _may_speak(roles, name, path, delegated):
+                files.setdefault(path, target)
+    releases = [release for path, target in files.items() if (release := _release(path, target)) is not None]
+    return tuple(sorted(releases, key=lambda release: (release.info.name, release.info.counter)))
+
+
+def _may_speak(roles: Mapping[str, DelegatedRole], name: str, path: str, delegated: Mapping[str, Targets]) -> bool:
+    """Whether a role decides a path: it is delegated to it, and no role before it has it or ends the search (TUF 5.6.7)."""
+    for other, role in roles.items():
+        if role.is_delegated_path(path):
+            if other == name:
+                return True
+            if role.terminating or (other in delegated and path in delegated[other].targets):
+                return False
+    return False
+
+
+def _recalls(targets: Targets) -> tuple[Recall, ...]:
+    """The signed deny-list. One that cannot be read must not be taken for an empty one.
+
+    Raises:
+        TrustError: ``trust.metadata``.
+    """
+    target = targets.targets.get(RECALLS_PATH)
+    if target is None:
+        return ()
+    try:
+        found = msgspec.convert(target.custom, RecallList)
+    except msgspec.ValidationError as error:
+        raise TrustError("trust.metadata", f"{RECALLS_PATH}: the list of recalled models cannot be read: {error}.") from error
+    if len(found.recalls) > MAX_RECALLS:
+        raise TrustError("trust.metadata", f"{RECALLS_PATH}: more than {MAX_RECALLS} recalls.")
+    return found.recalls
 
 
 def _release(path: str, target: TargetFile) -> Release | None:
@@ -221,7 +315,9 @@ def _release(path: str, target: TargetFile) -> Release | None:
     except msgspec.ValidationError as error:
         logger.warning("release cannot be read, passed over: path=%s error=%s", path, error)
         return None
-    if (release.info.name, release.info.version) != match.groups() or target.length > MAX_MANIFEST_BYTES:
+    name, version, channel = match.groups()
+    said = (release.info.name, release.info.version, release.info.channel)
+    if said != (name, version, channel or release.info.channel) or target.length > MAX_MANIFEST_BYTES:
         logger.warning("release contradicts its path or is too long, passed over: path=%s", path)
         return None
     return release

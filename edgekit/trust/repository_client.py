@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from edgekit.errors import EdgekitError, RepositoryError, TrustError
 from edgekit.schema.digest import hex_of, short
-from edgekit.schema.release import Release
+from edgekit.schema.release import Recall, Release
 from edgekit.schema.state import Floors
 from edgekit.trust.floors import RoleVersions, check_roles, raise_roles, reference_time
 from edgekit.trust.transport import Transport, TransportError, TransportOptions
@@ -29,7 +29,8 @@ class RefreshResult:
     """What the repository says, verified; ``floors`` are to be kept durably before anything is done with it."""
 
     releases: tuple[Release, ...]
-    """Of all models and channels, by model name and counter."""
+    """Of all channels, by model name and counter."""
+    recalls: tuple[Recall, ...]
     floors: Floors
     versions: RoleVersions
     expires_at: datetime
@@ -46,6 +47,7 @@ class TrustedRepository:
         floors: what this device has seen before.
         now: the device's clock, UTC and aware.
         options: time-outs, minimum rate, TLS files.
+        model: the model that this device runs; delegated roles that may not speak of it are not fetched. Empty is all.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class TrustedRepository:
         floors: Floors,
         now: datetime,
         options: TransportOptions | None = None,
+        model: str = "",
     ) -> None:
         if now.tzinfo is None:
             raise ValueError("now must be an aware UTC time")
         self._metadata_dir, self._base_url = metadata_dir, base_url.rstrip("/")
         self._root, self._floors, self._now = root, floors, now
         self._transport = Transport(options)
+        self._model = model
 
     def refresh(self) -> RefreshResult:
         """Fetch and verify the metadata, and list the releases.
@@ -78,12 +82,15 @@ class TrustedRepository:
         time = reference_time(self._floors, self._now)
         url = f"{self._base_url}/metadata/"
         try:
-            seen = refresh_metadata(self._metadata_dir, url, root=self._root, time=time, transport=self._transport)
+            seen = refresh_metadata(
+                self._metadata_dir, url, root=self._root, time=time, transport=self._transport, model=self._model
+            )
         finally:
             self._transport.close()
         check_roles(self._floors, seen.versions)
         return RefreshResult(
             releases=seen.releases,
+            recalls=seen.recalls,
             floors=raise_roles(self._floors, seen.versions, self._now),
             versions=seen.versions,
             expires_at=seen.expires_at,

@@ -39,8 +39,9 @@ from edgekit import __version__
 from edgekit.bundle.writer import pack_bundle
 from edgekit.dataset.contract import infer_contract
 from edgekit.dataset.load import load_dataset
+from edgekit.repository.ceremony import init_repository
+from edgekit.repository.publishing import publish
 from edgekit.repository.server import RepositoryServer
-from edgekit.repository.store import init_repository, publish
 from edgekit.runtime.ort import load_onnxruntime
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import Session, SessionOptions

@@ -23,8 +23,9 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekit.bundle.golden import tensor_data
 from edgekit.bundle.writer import write_bundle
 from edgekit.fleet.broker import EmbeddedBroker
+from edgekit.repository.ceremony import init_repository
+from edgekit.repository.publishing import publish
 from edgekit.repository.server import RepositoryServer
-from edgekit.repository.store import init_repository, publish
 from edgekit.schema.base import encode_msgpack
 from edgekit.schema.candidate import Candidate, SourceModel, Verdict
 from edgekit.schema.contract import Contract, InputSpec

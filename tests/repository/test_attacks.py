@@ -14,11 +14,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from forging import forge, forge_online, role_signers
 from releases import tiny_bundle, tree_digests
 
 from edgekit.errors import DeviceError, EdgekitError, RepositoryError, TrustError
+from edgekit.repository.ceremony import init_repository, refresh_repository, rotate
+from edgekit.repository.publishing import add_publisher, publish
 from edgekit.repository.server import RepositoryServer
-from edgekit.repository.store import _Store, add_publisher, init_repository, publish, refresh_repository
+from edgekit.repository.store import Store
 from edgekit.schema.state import Floors
 from edgekit.trust.floors import check_release, raise_release
 from edgekit.trust.keys import save_public_key
@@ -100,12 +103,13 @@ def serving(folder):
     return RepositoryServer(folder, "127.0.0.1", 0)
 
 
-def resign(world, change, *, role="targets", version_of="targets"):
+def resign(world, change):
     """Sign changed metadata with the repository's own keys: what only a key thief can do."""
-    store = _Store.open(world.repo)
-    chain = store.chain()
+    chain = Store.open(world.repo).chain()
     change(chain)
-    store.commit(chain, now=NOW, is_targets_new=True)
+    chain.targets.version += 1
+    data = forge(world.repo, chain.targets, f"{chain.targets.version}.targets.json", role_signers(world.repo, "targets"))
+    forge_online(world.repo, chain, data)
 
 
 def test_refresh_lists_releases_and_fetches_manifests(world):
@@ -262,59 +266,27 @@ def test_provisioned_root_that_was_changed(world):
 
 def new_root(world, change, *, signers=None, version=2):
     """Write the next root, signed by the repository's root key."""
-    store = _Store.open(world.repo)
-    root = store.chain().root
-    old = store.signers("root")
+    root = Store.open(world.repo).chain().root
     change(root)
     root.version = version
-    store.write(root, f"{version}.root.json", old if signers is None else signers)
-
-
-def rotate(world, role):
-    signer = generate_signer()
-
-    def change(root):
-        root.revoke_key(root.roles[role].keyids[0], role)
-        root.add_key(signer.tuf_signer().public_key, role)
-
-    new_root(world, change)
-    (world.repo.parent / "keys" / f"{role}.pem").unlink()
-    from edgekit.trust.signer import save_signer
-
-    save_signer(signer, world.repo.parent / "keys" / f"{role}.pem")
+    forge(world.repo, root, f"{version}.root.json", role_signers(world.repo, "root") if signers is None else signers)
 
 
 def test_revoked_targets_key(world):
+    """The owner rotates the key; the thief, who has the old one and the server, signs a release of their own."""
     world.refresh()
-    stolen = _Store.open(world.repo).signers("targets")
-    rotate(world, "targets")
-    assert world.refused() == "trust.signature"  # what the revoked key signed is refused
-    store = _Store.open(world.repo)
-    with pytest.raises(EdgekitError):
-        store.chain()
-    assert stolen[0].keyid != store.signers("targets")[0].keyid
-    repair_targets(world)
+    stolen = role_signers(world.repo, "targets")
+    before = Store.open(world.repo).chain()
+    rotate(world.repo, "targets", old="targets", new="generate", now=NOW)
     assert world.refresh().versions.root == 2
-
-
-def repair_targets(world):
-    """Sign the same targets with the new key."""
-    from tuf.api.metadata import Metadata, MetaFile
-
-    store = _Store.open(world.repo)
-    metadata = world.repo / "metadata"
-    root = Metadata.from_bytes((metadata / "2.root.json").read_bytes()).signed
-    targets = Metadata.from_bytes((metadata / "2.targets.json").read_bytes()).signed
-    snapshot = Metadata.from_bytes((metadata / "2.snapshot.json").read_bytes()).signed
-    timestamp = Metadata.from_bytes((metadata / "timestamp.json").read_bytes()).signed
-    targets.version = 3
-    data = store.write(targets, "3.targets.json", store.signers("targets", root))
-    snapshot.meta["targets.json"] = MetaFile.from_data(3, data, ["sha256"])
-    snapshot.version = 3
-    data = store.write(snapshot, "3.snapshot.json", store.signers("snapshot", root))
-    timestamp.snapshot_meta = MetaFile.from_data(3, data, ["sha256"])
-    timestamp.version += 1
-    store.write(timestamp, "timestamp.json", store.signers("timestamp", root))
+    before.targets.version = 9
+    data = forge(world.repo, before.targets, "9.targets.json", stolen)
+    chain = Store.open(world.repo).chain()
+    chain.targets.version = 9
+    forge_online(world.repo, chain, data)
+    assert world.refused() == "trust.signature"
+    with pytest.raises(TrustError):
+        Store.open(world.repo).chain()
 
 
 def test_new_root_signed_by_a_stranger(world):
@@ -333,43 +305,26 @@ def test_new_root_hidden_after_it_was_seen(world):
 
 
 def test_fast_forward_is_undone_by_a_new_root(world):
+    """A thief of the online keys signs absurdly high versions; the owner rotates both keys and begins at low ones again."""
+
     def ahead(chain):
         chain.timestamp.version = 1000
         chain.snapshot.version = 1000
 
+    good = Store.open(world.repo).chain()
     resign(world, ahead)
     world.refresh()
     assert world.floors.timestamp == 1001
-    shutil.copytree(world.repo, world.folder / "ahead")
-    rotate(world, "timestamp")
-    rotate_again_snapshot(world)
+    for role in ("snapshot", "timestamp"):
+        rotate(world.repo, role, old=role, new="generate", now=NOW)
+    high = Store.open(world.repo).chain()
+    good.snapshot.version, good.timestamp.version = 5, 2
+    data = (world.repo / "metadata" / f"{high.targets.version}.targets.json").read_bytes()
+    good.targets.version = high.targets.version
+    keys = role_signers(world.repo, "snapshot-", "timestamp-")
+    forge_online(world.repo, good, data, signers=keys)
     low = world.refresh().floors
-    assert (low.root, low.timestamp, low.snapshot) == (3, 2, 5)
-
-
-def rotate_again_snapshot(world):
-    """Version 3 of the root rotates the snapshot key as well; then the online roles begin at low versions again."""
-    from tuf.api.metadata import Metadata, MetaFile
-
-    from edgekit.trust.signer import save_signer
-
-    store = _Store.open(world.repo)
-    metadata = world.repo / "metadata"
-    root = Metadata.from_bytes((metadata / "2.root.json").read_bytes()).signed
-    signer = generate_signer()
-    root.revoke_key(root.roles["snapshot"].keyids[0], "snapshot")
-    root.add_key(signer.tuf_signer().public_key, "snapshot")
-    root.version = 3
-    store.write(root, "3.root.json", store.signers("root"))
-    (world.repo.parent / "keys" / "snapshot.pem").unlink()
-    save_signer(signer, world.repo.parent / "keys" / "snapshot.pem")
-    snapshot = Metadata.from_bytes((metadata / "1001.snapshot.json").read_bytes()).signed
-    timestamp = Metadata.from_bytes((metadata / "timestamp.json").read_bytes()).signed
-    snapshot.version = 5
-    data = store.write(snapshot, "5.snapshot.json", [signer])
-    timestamp.snapshot_meta = MetaFile.from_data(5, data, ["sha256"])
-    timestamp.version = 2
-    store.write(timestamp, "timestamp.json", store.signers("timestamp", root))
+    assert (low.root, low.timestamp, low.snapshot) == (3, 3, 6)
 
 
 def test_one_key_under_two_keyids(world):
@@ -423,9 +378,10 @@ def test_release_counter_below_the_floor(world):
 
 def test_release_that_does_not_fit_is_passed_over(world):
     def smuggle(chain):
-        good = chain.targets.targets["models/kws/1.0.0/manifest.json"]
+        good = chain.targets.targets["models/kws/1.0.0/production/manifest.json"]
         for path, custom in (
-            ("models/kws/9.9.9/manifest.json", dict(good.custom)),  # says 1.0.0
+            ("models/kws/9.9.9/production/manifest.json", dict(good.custom)),  # says 1.0.0
+            ("models/kws/1.0.0/staging/manifest.json", dict(good.custom)),  # says production
             ("models/kws/8.0.0/manifest.json", {"name": "kws"}),
             ("models/kws/7.0.0/manifest.json", None),
             ("models/kws/other.txt", {}),

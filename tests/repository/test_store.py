@@ -8,24 +8,18 @@ import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from forging import forge
 from releases import tiny_bundle, tree_digests
 
 from edgekit.errors import EdgekitError, RepositoryError, TrustError, UsageError
+from edgekit.repository.ceremony import init_repository, refresh_repository, repository_status
+from edgekit.repository.publishing import add_publisher, check_repository, publish
 from edgekit.repository.server import RepositoryServer
-from edgekit.repository.store import (
-    Expiry,
-    _Store,
-    add_publisher,
-    check_repository,
-    init_repository,
-    publish,
-    refresh_repository,
-    repository_status,
-)
+from edgekit.repository.store import Expiry, Store
 from edgekit.schema.state import Floors
 from edgekit.trust.keys import save_public_key
 from edgekit.trust.repository_client import TrustedRepository
-from edgekit.trust.signer import generate_signer
+from edgekit.trust.signer import generate_signer, save_signer
 
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -77,7 +71,11 @@ def releases_seen(repo, cache, *, now=NOW):
 
 def test_init_makes_separate_private_keys(repo):
     keys = repo.parent / "keys"
-    assert sorted(p.name for p in keys.iterdir()) == ["root.pem", "root.pub", "snapshot.pem", "targets.pem", "timestamp.pem"]
+    names = [
+        "root.json",
+        *(f"{role}.{kind}" for role in ("root", "snapshot", "targets", "timestamp") for kind in ("pem", "pub")),
+    ]
+    assert sorted(p.name for p in keys.iterdir()) == names
     assert {stat.S_IMODE(p.stat().st_mode) for p in keys.glob("*.pem")} == {0o600}
     assert stat.S_IMODE(keys.stat().st_mode) == 0o700
     status = repository_status(repo, now=NOW)
@@ -129,13 +127,13 @@ def test_publish_another_content_under_the_same_version(place, repo, signer):
         assert caught.value.code == "repository.version_exists"
 
 
-def test_publish_to_another_channel_needs_again(place, repo, signer):
+def test_one_version_on_two_channels(place, repo, signer):
     path = bundle(place, signer)
     publish(repo, path, channel="dev", now=NOW)
-    with pytest.raises(RepositoryError, match="channel dev"):
-        publish(repo, path, now=NOW)
-    moved = publish(repo, path, is_again=True, now=NOW)
-    assert (moved.info.channel, moved.info.counter) == ("production", 2)
+    publish(repo, path, now=NOW)
+    found = [(r.info.channel, r.info.counter) for r in repository_status(repo).releases]
+    assert found == [("dev", 1), ("production", 2)]
+    assert publish(repo, path, channel="dev", now=NOW).info.counter == 1
 
 
 def test_publish_by_a_publisher_that_is_not_trusted(place, repo):
@@ -186,24 +184,31 @@ def test_no_repository_here(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
-def test_publish_with_a_key_missing_open_or_foreign(place, repo, signer, role):
+def test_publish_with_a_key_open_foreign_or_missing(place, repo, signer, role, tmp_path):
     key = place / "keys" / f"{role}.pem"
     before = tree_digests(repo / "metadata")
     key.chmod(0o644)
     with pytest.raises(UsageError) as caught:
         publish(repo, bundle(place, signer), now=NOW)
     assert caught.value.code == "key.mode"
-    key.unlink()
-    with pytest.raises(UsageError) as caught:
-        publish(repo, bundle(place, signer), now=NOW)
-    assert caught.value.code == "repository.no_key"
-    from edgekit.trust.signer import save_signer
-
+    kept = key.rename(tmp_path / "kept.pem")
     save_signer(generate_signer(), key)
     with pytest.raises(TrustError) as foreign:
         publish(repo, bundle(place, signer), now=NOW)
     assert foreign.value.code == "repository.foreign_key"
+    key.unlink()
+    if role == "targets":
+        publish(repo, bundle(place, signer), now=NOW)
+    else:
+        with pytest.raises(UsageError) as caught:
+            publish(repo, bundle(place, signer), now=NOW)
+        assert caught.value.code == "repository.no_key"
     assert tree_digests(repo / "metadata") == before
+    kept.chmod(0o600)
+    kept.rename(key)
+    refresh_repository(repo, now=NOW)
+    assert releases_seen(repo, tmp_path / "cache") == {"1.0.0": 1}
+    assert repository_status(repo, now=NOW).waiting == ()
 
 
 def test_publishing_needs_no_root_key(place, repo, signer, tmp_path):
@@ -217,7 +222,7 @@ def test_nothing_is_signed_on_top_of_exchanged_metadata(place, repo, signer, tmp
     publish(repo, bundle(place, signer), now=NOW)
     path = repo / "metadata" / "2.targets.json"
     record = json.loads(path.read_bytes())
-    record["signed"]["targets"]["models/kws/1.0.0/manifest.json"]["hashes"]["sha256"] = "0" * 64
+    record["signed"]["targets"]["models/kws/1.0.0/production/manifest.json"]["hashes"]["sha256"] = "0" * 64
     path.write_text(json.dumps(record))
     before = tree_digests(repo / "metadata")
     for action in (lambda: publish(repo, bundle(place, signer, "2.0.0"), now=NOW), lambda: refresh_repository(repo, now=NOW)):
@@ -230,16 +235,16 @@ def test_nothing_is_signed_on_top_of_exchanged_metadata(place, repo, signer, tmp
 def test_nothing_is_signed_on_top_of_an_exchanged_root(place, repo, signer):
     """The intruder brings a root of their own that trusts their keys beside ours, and signs everything with theirs."""
     publish(repo, bundle(place, signer), now=NOW)
-    store, stranger = _Store.open(repo), generate_signer()
-    chain = store.chain()
+    stranger = generate_signer()
+    chain = Store.open(repo).chain()
     chain.root.version = 2
     for role in ("root", "targets", "snapshot", "timestamp"):
         chain.root.add_key(stranger.tuf_signer().public_key, role)
-    store.write(chain.root, "2.root.json", [stranger])
-    chain.targets.targets["models/kws/1.0.0/manifest.json"].hashes["sha256"] = "0" * 64
-    store.write(chain.targets, "2.targets.json", [stranger])
-    store.write(chain.snapshot, "2.snapshot.json", [stranger])
-    store.write(chain.timestamp, "timestamp.json", [stranger])
+    forge(repo, chain.root, "2.root.json", [stranger])
+    chain.targets.targets["models/kws/1.0.0/production/manifest.json"].hashes["sha256"] = "0" * 64
+    forge(repo, chain.targets, "2.targets.json", [stranger])
+    forge(repo, chain.snapshot, "2.snapshot.json", [stranger])
+    forge(repo, chain.timestamp, "timestamp.json", [stranger])
     before = tree_digests(repo / "metadata")
     for action in (
         lambda: publish(repo, bundle(place, signer, "2.0.0"), now=NOW),
@@ -252,12 +257,11 @@ def test_nothing_is_signed_on_top_of_an_exchanged_root(place, repo, signer):
     assert tree_digests(repo / "metadata") == before
 
 
-def test_publishing_needs_the_public_root_key(place, repo, signer):
-    for name in ("root.pem", "root.pub"):
-        (place / "keys" / name).unlink()
+def test_publishing_needs_our_copy_of_the_root(place, repo, signer):
+    (place / "keys" / "root.json").unlink()
     with pytest.raises(UsageError) as caught:
         publish(repo, bundle(place, signer), now=NOW)
-    assert caught.value.code == "repository.no_key"
+    assert caught.value.code == "repository.no_anchor"
     assert repository_status(repo, now=NOW).releases == ()
 
 
