@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "target": ("edgekit.cli.target", "Target profiles: list, show, check, probe this machine."),
     "bundle": ("edgekit.cli.bundle", "Pack, verify and inspect signed bundles."),
     "repo": ("edgekit.cli.repo", "The update repository: init, publish, status, serve."),
+    "trust": ("edgekit.cli.trust", "Who may sign what: init, status, sign, rotate, revoke, delegate, doctor."),
     "agent": ("edgekit.cli.agent", "The on-device agent: run it, ask it."),
     "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices."),
     "doctor": ("edgekit.cli.doctor", "Check this machine: packages, runtimes, ports, permissions."),

@@ -339,9 +339,9 @@ def _holder(bench: Workbench, role: str) -> Root | Targets:
 
 
 def _generate(store: Store, role: str) -> Key:
-    number = 1
-    while (store.keys_dir / f"{role}-{number}.pem").exists():
-        number += 1
+    number, taken = 1, set(store.config.key_names.values())
+    while f"{role}-{number}" in taken or any(store.keys_dir.glob(f"{role}-{number}.p*")):
+        number += 1  # the name of a key that was carried away is not given twice
     signer = generate_signer()
     path = store.keys_dir / f"{role}-{number}.pem"
     save_signer(signer, path)
@@ -539,7 +539,8 @@ def describe_change(new: Root | Targets, old: Root | Targets | None) -> tuple[st
             was = before.get(role)
             added = [keyid for keyid in part.keyids if was is None or keyid not in was.keyids]
             removed = [keyid for keyid in was.keyids if keyid not in part.keyids] if was else []
-            lines += [f"{role}: adds key {keyid[:12]}…" for keyid in added] + [
+            word = "adds key" if isinstance(old, Root) else "key"
+            lines += [f"{role}: {word} {keyid[:12]}…" for keyid in added] + [
                 f"{role}: removes key {keyid[:12]}…" for keyid in removed
             ]
             if was is not None and was.threshold != part.threshold:
@@ -810,10 +811,10 @@ def _key_faults(store: Store, chain: Chain) -> list[Fault]:
                     hint="Move it offline once you need it no more.",
                 )
             )
-        if b"ENCRYPTED" not in path.read_bytes():
-            faults.append(
-                Fault(level="warning", what=f"{path}: not encrypted", hint="Set EDGEKIT_KEY_PASSPHRASE when a key is made.")
-            )
+    open_keys = [path.name for path in sorted(store.keys_dir.glob("*.pem")) if b"ENCRYPTED" not in path.read_bytes()]
+    if open_keys:
+        what = f"{store.keys_dir}: not encrypted: {', '.join(open_keys)}"
+        faults.append(Fault(level="warning", what=what, hint="Set EDGEKIT_KEY_PASSPHRASE when a key is made."))
     for name in SERVED:
         faults += [
             Fault(level="fault", what=f"{path}: a private key in a folder that is served", hint="Move it away; revoke it.")

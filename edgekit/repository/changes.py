@@ -99,8 +99,7 @@ class Workbench:
 
     def targets(self, role: str = "targets") -> Targets:
         """A targets role to change, new where it is delegated to and does not exist yet."""
-        visible = self.chain.targets if role == "targets" else self.chain.delegated.get(role)
-        signed: Targets = self._edit(role, visible or Targets(version=0, expires=self.store.expires(role, self.now)))
+        signed: Targets = self._edit(role, self.chain.targets if role == "targets" else self.chain.delegated.get(role))
         return signed
 
     def look(self, role: str = "targets") -> Targets | None:
@@ -110,9 +109,10 @@ class Workbench:
             return signed
         return self.chain.targets if role == "targets" else self.chain.delegated.get(role)
 
-    def _edit(self, role: str, visible: Root | Targets) -> Any:
-        base = self.pending[role].signed if role in self.pending else deepcopy(visible)
-        base.version = max(visible.version, highest(self.store.metadata, role)) + 1
+    def _edit(self, role: str, visible: Root | Targets | None) -> Any:
+        """A version above every one that was ever written; nothing of it is signed yet."""
+        base = self.pending[role].signed if role in self.pending else deepcopy(visible or Targets())
+        base.version = max(visible.version if visible else 0, highest(self.store.metadata, role)) + 1
         base.expires = self.store.expires(role, self.now)
         self.pending[role] = Metadata(base)
         return base
@@ -244,7 +244,7 @@ class Workbench:
             elif change is not None:
                 faults.append(self.waiting_for(role, ""))
             elif not self._is_valid_under(targets, role):
-                self._edit(role, self.chain.delegated.get(role) or Targets(version=0, expires=self.now))
+                self._edit(role, self.chain.delegated.get(role))
                 self.sign(self.store.find_signers(delegation_of(targets, role).keys))
                 again = self.pending[role]
                 if delegation_of(targets, role).is_met(again):

@@ -90,7 +90,7 @@ def open_served(root: Path, path: str) -> Served | None:
     cache = "no-cache" if path == _MUTABLE else "public, max-age=31536000, immutable"
     kind = "application/octet-stream" if path.startswith("blobs/") else "application/json"
     if immutable:
-        etag = immutable.group(1) or immutable.group(2)
+        etag = next(filter(None, immutable.groups()))
     else:
         etag = hashlib.sha256(file.read()).hexdigest()
         file.seek(0)
