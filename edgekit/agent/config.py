@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,9 @@ MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that the agent can be told. Times in seconds, sizes in bytes.
 
-    An empty ``broker`` means no telemetry; an empty ``repository`` means no updates.
+    An empty ``broker`` means no telemetry; an empty ``repository`` means no updates. ``age_identity`` is the file with the keys
+    that open sealed releases, mode 0600. On a ``metered`` link models larger than ``metered_limit_bytes`` are fetched as deltas
+    only, unless ``metered_full`` allows the whole.
     """
 
     device: str = ""
@@ -59,6 +62,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+    age_identity: str = ""
     window_s: float = 60.0
     heartbeat_s: float = 30.0
     threads: int = 1
@@ -68,6 +72,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     selftest_timeout_s: float = 120.0
     outbox_bytes: int = 32 << 20
     disk_reserve_bytes: int = 16 << 20
+    metered: bool = False
+    metered_full: bool = False
+    metered_limit_bytes: int = 1 << 20
     labels: dict[str, str] = {}
     allow_insecure: bool = False
 
@@ -190,7 +197,13 @@ def check_config(config: AgentConfig) -> None:
         raise _invalid(f"outbox_bytes is {config.outbox_bytes}: expected at least {MIN_OUTBOX_BYTES}.")
     if not 0 <= config.port <= 65535:
         raise _invalid(f"port is {config.port}: expected 0..65535 (0: any free port).")
-    for field, least in (("threads", 1), ("max_request_bytes", 1), ("drain_s", 0), ("disk_reserve_bytes", 0)):
+    for field, least in (
+        ("threads", 1),
+        ("max_request_bytes", 1),
+        ("drain_s", 0),
+        ("disk_reserve_bytes", 0),
+        ("metered_limit_bytes", 0),
+    ):
         if not least <= getattr(config, field) < 1 << 40:
             raise _invalid(f"{field} is {getattr(config, field):g}: expected at least {least}.")
     if not is_loopback(config.host) and not config.allow_insecure:
@@ -203,6 +216,24 @@ def check_config(config: AgentConfig) -> None:
         _check_repository(config)
     if config.broker:
         parse_broker(config)
+    if config.age_identity:
+        _check_identity(Path(config.age_identity))
+
+
+def _check_identity(path: Path) -> None:
+    """The file must be there and private; whether it holds keys is seen when something is to be opened."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise _invalid(f"age_identity {path}: no such file.", 'Make one: "edgekit bundle keygen --scheme age".') from None
+    except OSError:
+        return  # another user asks, who may not look there
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(
+            "config.insecure",
+            f"age_identity {path}: mode {stat.S_IMODE(mode):04o}, others can use it; expected 0600.",
+            hint=f"chmod 600 {path}; if others did read it, make a new one.",
+        )
 
 
 def _split(url: str, name: str) -> SplitResult:

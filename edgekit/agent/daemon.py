@@ -33,6 +33,7 @@ from edgekit.agent.config import AgentConfig
 from edgekit.agent.courier import Courier
 from edgekit.agent.facts import ask_facts
 from edgekit.agent.health import MAX_DELAY_S, CrashLedger
+from edgekit.agent.inbox import Inbox
 from edgekit.agent.journal import Journal, now_ms
 from edgekit.agent.link import Model
 from edgekit.agent.logs import start_logging
@@ -43,12 +44,14 @@ from edgekit.agent.source import read_root
 from edgekit.agent.state_store import DirLock, StateStore, prepare_dir
 from edgekit.agent.steps import Installer
 from edgekit.agent.updater import Updater
+from edgekit.agent.validity import find_ban
 from edgekit.agent.vitals import MEGA, CpuMeter, rss_bytes
 from edgekit.agent.windows import Surroundings, measure_window
 from edgekit.agent.workers import Workers
 from edgekit.durable import PRIVATE_FILE, write_durably
-from edgekit.errors import EdgekitError, EnvironmentFault
+from edgekit.errors import EdgekitError, EnvironmentFault, TrustError
 from edgekit.schema.base import encode_json
+from edgekit.schema.message import EventKind
 from edgekit.schema.state import AgentState, AgentStatus, Refusal, Slot
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,8 @@ BACKLOG = 128
 BIND_SECONDS = 3.0
 BIND_STEP_S = 0.1
 IDLE_WHILE_WAITING_S = 1.0
+GUARD_SECONDS = 5.0
+REQUEST_SECONDS = 1.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -136,6 +141,8 @@ class Daemon:
     _runtime: tuple[str, str] = ("", "")
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _told: set[tuple[str | None, str]] = field(default_factory=set)
+    _absence: str = ""
 
     def __post_init__(self) -> None:
         host, port = self.listener.getsockname()[:2]
@@ -199,6 +206,7 @@ class Daemon:
         )
 
         def started() -> None:
+            self._absence = ""
             self._runtime = (ready.runtime, ready.runtime_version)
             on_serve()
 
@@ -233,14 +241,86 @@ class Daemon:
         return Installer(self.config, self.store, self.slots, self._facts or _fallback_facts()).model_of(slot)
 
     async def _serve_nothing(self) -> None:
-        if self.workers.current is not None and self.workers.current.is_running:
+        if self._is_served_rightly():
             return
-        worker = await self.workers.start(None)
+        worker = await self.workers.start(None, absence=self._absence)
         await worker.wait_ready(self.config.selftest_timeout_s)
-        if self.workers.current is None:
-            self.workers.switch(worker)
-        else:
+        if self._is_served_rightly():
             self.workers.retire(worker)
+        else:
+            self.workers.switch(worker)
+
+    def _is_served_rightly(self) -> bool:
+        """Whether a worker answers, and not with a model that may not serve."""
+        worker = self.workers.current
+        if worker is None or not worker.is_running:
+            return False
+        return worker.start.model is None or active_slot(self.store.state) is not None
+
+    # --- recalls, and releases that are valid for a time
+
+    def _apply_ban(self) -> bool:
+        """Take a model that may not serve any longer out of service, as its release or its recall says.
+
+        Returns:
+            Whether something else must serve now.
+        """
+        state, now = self.store.state, datetime.now(UTC)
+        slot = active_slot(state)
+        ban = find_ban(state, slot, now) if slot is not None else None
+        if slot is None or ban is None:
+            return False
+        kind: EventKind = "release_recalled" if ban.kind == "recalled" else "release_expired"
+        if ban.fallback == "report":
+            if (slot.manifest, ban.kind) not in self._told:
+                self._told.add((slot.manifest, ban.kind))
+                self.journal.event(kind, f"{ban.reason}; it goes on serving", code=ban.code, release=slot)
+            return False
+        other = other_slot(state)
+        has_other = ban.fallback == "previous" and other.status == "good" and find_ban(state, other, now) is None
+        error = TrustError(ban.code, ban.reason)
+
+        def change(before: AgentState) -> AgentState:
+            slots = {slot.name: msgspec.structs.replace(slot, status="bad")}
+            if has_other:
+                slots[other.name] = msgspec.structs.replace(other, status="active")
+            return msgspec.structs.replace(
+                before,
+                slots=tuple(slots.get(each.name, each) for each in before.slots),
+                active=other.name if has_other else None,
+                refusals=refuse(before, _refusal(slot, error)),
+            )
+
+        self.store.transform(change)
+        self._absence = "" if has_other else ban.reason
+        self.updater.last_error_code, self.updater.last_error = ban.code, ban.reason
+        where = f"back to {other.model}@{other.version}" if has_other else "nothing serves"
+        self.journal.event(kind, f"{ban.reason}; {where}", code=ban.code, release=slot)
+        self.report()
+        return True
+
+    async def _guard(self) -> None:
+        while True:
+            try:
+                if self._apply_ban() and not await self._is_served():
+                    self._spawn(self._serve_later(1.0))
+            except Exception:
+                logger.exception("event=guard_failed")
+            await asyncio.sleep(GUARD_SECONDS)
+
+    # --- installing from a stick
+
+    async def _follow_requests(self) -> None:
+        """What ``edgekit agent install`` asks for; only who may write into the state folder can ask."""
+        inbox = Inbox(self.config.state_path)
+        while True:
+            try:
+                request = inbox.take()
+                if request is not None:
+                    inbox.answer(await self.updater.install_stick(request))
+            except Exception:
+                logger.exception("event=request_failed")
+            await asyncio.sleep(REQUEST_SECONDS)
 
     async def _serve_later(self, delay_s: float) -> None:
         """Serve again after a while; what this machine cannot give now (a process, disk space) is tried for again."""
@@ -391,9 +471,13 @@ class Daemon:
         self._tidy_up()
         logger.info("event=agent_listening url=%s device=%s state_dir=%s", self.url, self.config.device, self.config.state_dir)
         self.journal.event("agent_started", f"edgekit {__version__} at {self.url}")
+        with contextlib.suppress(OSError):  # a full disk: the guard tries again
+            self._apply_ban()
         if not await self._is_served():
             self._spawn(self._serve_later(1.0))
         await self._start_telemetry()
+        self._spawn(self._guard())
+        self._spawn(self._follow_requests())
         if self.config.repository:
             self._spawn(self._poll())
         await self._stop.wait()
@@ -454,7 +538,7 @@ def run_agent(config: AgentConfig) -> int:
         EnvironmentFault: ``agent.already_running``, ``port.in_use``, ``state.unwritable``.
     """
     start_logging()
-    root = read_root(config) if config.repository else b""
+    root = read_root(config) if config.root else b""
     prepare_dir(config.state_path)
     lock = DirLock(config.state_path)
     lock.acquire()

@@ -26,7 +26,7 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Model(Frame, frozen=True, kw_only=True):
-    """What to load: the two blobs of one variant in a slot's folder."""
+    """What to load: the two blobs of one variant in a slot's folder; ``variant`` names them as they lie there, opened."""
 
     manifest: Manifest
     variant: Variant
@@ -38,13 +38,14 @@ class Model(Frame, frozen=True, kw_only=True):
 
 
 class Start(Frame, frozen=True, kw_only=True, tag="start"):
-    """First frame to a worker. Without a model it answers that it is alive and not ready."""
+    """First frame to a worker. Without a model it answers that it is alive and not ready, and why (``absence``)."""
 
     model: Model | None
     threads: int
     max_request_bytes: int
     request_timeout_s: float
     drain_s: float
+    absence: str = ""
 
 
 class Go(Frame, frozen=True, kw_only=True, tag="go"):

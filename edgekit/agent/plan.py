@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from edgekit.agent.validity import find_recall
 from edgekit.errors import ArtifactError, DeviceError
 from edgekit.schema.base import Record
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
@@ -91,6 +92,7 @@ def choose_release(
         and release.info.counter >= floor
         and release.manifest_digest not in deferred
         and not is_refused(state, release.manifest_digest)
+        and find_recall(state.recalls, (release.manifest_digest,)) is None
     ]
     if not eligible:
         return None

@@ -54,6 +54,8 @@ class Service:
     meter: Meter
     status: StatusSource
     predictor: Predictor | None = None
+    absence: str = ""
+    """Why there is no model; empty: none is installed yet."""
 
     def handle(self, request: Request) -> Answer | Awaitable[Answer]:
         """Route one request."""
@@ -84,6 +86,8 @@ class Service:
                 return None
 
     def _ready(self) -> Answer:
+        if self.predictor is None and self.absence:
+            return error_answer(503, self.absence, code="agent.abstains", headers=(("retry-after", "60"),))
         if self.predictor is None:
             return error_answer(503, "no model is installed yet", code="agent.no_model", headers=(("retry-after", "1"),))
         return Answer(status=200, body=b'{"ready":true}')
@@ -167,6 +171,7 @@ class Predictor:
                 "model_digest": self._digest,
                 "precision": self.model.variant.precision,
                 "labels": list(manifest.contract.labels),
+                "thresholds": manifest.contract.thresholds,
             },
         }
         return Answer(status=200, body=msgspec.json.encode(body), headers=self._headers)

@@ -2,6 +2,8 @@
 
 The state file says what a slot is; this module only moves bytes. A slot under construction has the status ``staging`` in the
 state before its first byte is written, so a half-built slot is never taken for a whole one.
+
+A blob that travels sealed lies in a slot opened, under the digest of its content: that is what is hashed and loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgekit.bundle.opening import Identities, content_of, open_sealed, opened_variant
 from edgekit.durable import PRIVATE_FILE, sync_file, sync_folder, write_durably
 from edgekit.errors import ArtifactError, DeviceError
 from edgekit.schema.base import decode_json, encode_json
@@ -22,6 +25,7 @@ from edgekit.schema.state import Slot, SlotName
 MANIFEST_FILE = "manifest.json"
 RELEASE_FILE = "release.json"
 BLOB_DIR = "blobs"
+SLOT_NAMES: tuple[SlotName, ...] = ("a", "b")
 
 
 class SlotStore:
@@ -57,9 +61,16 @@ class SlotStore:
             sync_folder(self._dir)
 
     def build(
-        self, name: SlotName, release: Release, manifest: bytes, parts: Sequence[tuple[BlobRef, Path]], donor: SlotName | None
+        self,
+        name: SlotName,
+        release: Release,
+        manifest: bytes,
+        parts: Sequence[tuple[BlobRef, Path]],
+        donor: SlotName | None,
+        *,
+        identities: Identities | None = None,
     ) -> None:
-        """Fill an empty slot: blobs are moved from ``parts``, or linked from the ``donor`` slot where it has them.
+        """Fill an empty slot: blobs are moved or opened from ``parts``, or linked from the ``donor`` slot where it has them.
 
         Args:
             name: the slot.
@@ -67,19 +78,27 @@ class SlotStore:
             manifest: the manifest's bytes as they were verified.
             parts: every blob with the file that it was downloaded to.
             donor: the other slot, whose blobs may be shared.
+            identities: what opens the parts that are sealed; each is removed once its content is on the disk.
 
         Raises:
             OSError: when the disk refuses.
+            ArtifactError, DeviceError: as :func:`edgekit.bundle.opening.open_sealed`.
         """
         self.clear(name)
         blobs = self.blob_dir(name)
         blobs.mkdir(mode=0o700, parents=True)
         for ref, part in parts:
-            target = self.blob(name, ref.digest)
-            if part.is_file():
+            target = self.blob(name, content_of(ref).digest)
+            if part.is_file() and ref.sealed is not None:
+                assert identities is not None, "who has the sealed part has what opens it"
+                try:
+                    open_sealed(part, target, ref, identities)
+                finally:
+                    part.unlink()  # a part that does not open is of no use, whatever the reason
+            elif part.is_file():
                 part.replace(target)
             elif donor is not None and not target.exists():
-                _share(self.blob(donor, ref.digest), target)
+                _share(self.blob(donor, target.name), target)
             sync_file(target)
         sync_folder(blobs)
         write_durably(self.path(name) / RELEASE_FILE, encode_json(release), mode=PRIVATE_FILE)
@@ -104,12 +123,21 @@ class SlotStore:
         return decode_json(data, Manifest, name=str(path))
 
     def has_blob(self, name: SlotName, ref: BlobRef) -> bool:
-        """Whether a slot holds an undamaged copy of a blob."""
-        path = self.blob(name, ref.digest)
+        """Whether a slot holds an undamaged copy of a blob, opened where it travels sealed."""
+        content = content_of(ref)
+        path = self.blob(name, content.digest)
         try:
-            return not path.is_symlink() and path.stat().st_size == ref.size_bytes and digest_file(path) == ref.digest
+            return not path.is_symlink() and path.stat().st_size == content.size_bytes and digest_file(path) == content.digest
         except OSError:
             return False
+
+    def find(self, digest: str) -> Path | None:
+        """A blob by its content's digest, in whichever slot has it; not hashed."""
+        for name in SLOT_NAMES:
+            path = self.blob(name, digest)
+            if path.is_file() and not path.is_symlink():
+                return path
+        return None
 
     def verify(self, name: SlotName, refs: Sequence[BlobRef]) -> None:
         """Hash the blobs of a slot.
@@ -117,7 +145,7 @@ class SlotStore:
         Raises:
             DeviceError: ``slot.damaged`` naming the first blob that does not fit.
         """
-        for ref in refs:
+        for ref in map(content_of, refs):
             if not self.has_blob(name, ref):
                 raise _damaged(self.blob(name, ref.digest), f"not the blob {ref.digest} ({ref.path}, {ref.size_bytes} B)")
 
@@ -130,9 +158,9 @@ class SlotStore:
             release = decode_json((path / RELEASE_FILE).read_bytes(), Release)
         except (OSError, ArtifactError):
             return None
-        refs = {ref.digest: ref for ref in manifest.blobs}
+        refs = {ref.digest: ref for ref in map(content_of, manifest.blobs)}
         present = {entry.name for entry in self.blob_dir(name).iterdir()} if self.blob_dir(name).is_dir() else set()
-        for variant in manifest.variants:
+        for variant in (opened_variant(manifest, each) for each in manifest.variants):
             needed = [refs[digest] for digest in (variant.model, variant.golden) if digest in refs]
             whole = len(needed) == 2 and all(hex_of(ref.digest) in present and self.has_blob(name, ref) for ref in needed)
             if whole and digest_bytes(data) == release.manifest_digest:
@@ -144,6 +172,9 @@ class SlotStore:
                     counter=release.info.counter,
                     manifest=release.manifest_digest,
                     model_digest=variant.model,
+                    variant=variant.name,
+                    valid_until=release.info.valid_until,
+                    fallback=release.info.fallback,
                 )
         return None
 

@@ -41,6 +41,7 @@ class RepositorySource:
     def __init__(self, config: AgentConfig, root: bytes, floors: Floors, halt: threading.Event) -> None:
         self._url = config.repository.rstrip("/")
         self._halt = halt
+        self._model = config.model
         self._cache = config.state_path / CACHE_DIR
         self._cache.mkdir(mode=0o700, exist_ok=True)
         self._options = TransportOptions(
@@ -52,7 +53,13 @@ class RepositorySource:
     def _repository(self) -> TrustedRepository:
         """A client for one question; its connections end with the answer."""
         return TrustedRepository(
-            self._cache, self._url, root=self._root, floors=self._floors, now=datetime.now(UTC), options=self._options
+            self._cache,
+            self._url,
+            root=self._root,
+            floors=self._floors,
+            now=datetime.now(UTC),
+            options=self._options,
+            model=self._model,
         )
 
     def refresh(self) -> RefreshResult:

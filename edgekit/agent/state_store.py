@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from edgekit.agent.slots import SlotStore
+from edgekit.bundle.opening import CURABLE_PREFIX
 from edgekit.durable import PRIVATE_FILE, sweep_temporaries, sync_folder, write_durably
 from edgekit.errors import ArtifactError, DeviceError, EnvironmentFault
 from edgekit.schema.base import SCHEMA_VERSION, decode_json, encode_json
@@ -96,7 +97,10 @@ class StateStore:
 
     @classmethod
     def open(cls, state_dir: Path, *, device: str) -> StateStore:
-        """Read the state, or rebuild it from the slots where it is missing or damaged."""
+        """Read the state, or rebuild it from the slots where it is missing or damaged.
+
+        A release that was refused for the lack of a key or package may be tried again: who starts the agent may have cured it.
+        """
         path = state_dir / STATE_FILE
         sweep_temporaries(state_dir)
         try:
@@ -109,7 +113,8 @@ class StateStore:
             state = None
         if state is None:
             state = rebuild_state(SlotStore(state_dir), device)
-        return cls(path, msgspec.structs.replace(state, device=device))
+        refusals = tuple(refusal for refusal in state.refusals if not refusal.code.startswith(CURABLE_PREFIX))
+        return cls(path, msgspec.structs.replace(state, device=device, refusals=refusals))
 
     @property
     def state(self) -> AgentState:

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from edgekit.agent.config import AgentConfig
+from edgekit.agent.deltas import MAX_FAILED_DELTAS, make_from_delta
 from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
 from edgekit.agent.link import Model
@@ -30,9 +31,11 @@ from edgekit.agent.plan import (
 )
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.state_store import StateStore
+from edgekit.agent.validity import find_recall
 from edgekit.agent.vitals import disk_free_bytes
+from edgekit.bundle.opening import CURABLE_PREFIX, DAMAGED_CODE, find_identities, opened_variant
 from edgekit.bundle.reader import parse_manifest
-from edgekit.errors import ArtifactError, DeviceError
+from edgekit.errors import ArtifactError, DeviceError, EdgekitError, TrustError
 from edgekit.schema.digest import hex_of
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
 from edgekit.schema.release import Release
@@ -62,7 +65,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a release brings to this device."""
+    """What a release brings to this device: ``variant`` names the opened contents, ``refs`` the blobs as they travel."""
 
     manifest: Manifest
     manifest_bytes: bytes
@@ -88,6 +91,9 @@ class Installer:
         self._slots = slots
         self._facts = facts
         self._parts = config.state_path / "parts"
+        self.failed_deltas: list[EdgekitError] = []
+        """Of this installation, for the report."""
+        self.delta_saved_bytes = 0
 
     def enter(self, phase: Phase, plan: Plan) -> None:
         """Write down what is about to be done."""
@@ -105,13 +111,19 @@ class Installer:
 
         Raises:
             ReleaseRefused: it is damaged, not what metadata says, or nothing in it runs here.
+            TrustError: ``release.recalled``: for as long as the recall stands.
         """
         with _final():
             manifest = parse_manifest(data, name=plan.release.manifest_path)
             check_manifest(manifest, plan.release)
             variant = choose_variant(manifest, self._facts)
             refs = needed_blobs(manifest, variant)
-        return Contents(manifest=manifest, manifest_bytes=data, variant=variant, refs=refs)
+            find_identities(refs, self._config.age_identity, name=plan.intent)
+        opened = opened_variant(manifest, variant)
+        recall = find_recall(self._store.state.recalls, (plan.release.manifest_digest, variant.model, opened.model))
+        if recall is not None:
+            raise TrustError("release.recalled", f"{plan.intent}: was recalled: {recall.reason}.")
+        return Contents(manifest=manifest, manifest_bytes=data, variant=opened, refs=refs)
 
     def fetch(self, plan: Plan, source: Source) -> Contents:
         """Fetch the manifest, check that it fits, then fetch the blobs that are not here yet.
@@ -128,9 +140,56 @@ class Installer:
             self._drop_parts(keep=missing)
             self._check_disk(plan, missing)
             for ref in missing:
-                source.fetch_blob(ref, self._parts)
+                if not self._apply_delta(plan, ref, source):
+                    self._check_metered(ref)
+                    source.fetch_blob(ref, self._parts)
                 checkpoint("fetched_blob")
         return contents
+
+    def _check_metered(self, ref: BlobRef) -> None:
+        """Where bytes cost money, a whole model is never fetched unasked; small blobs and what came already go on."""
+        config = self._config
+        if not config.metered or config.metered_full or ref.role != "model" or ref.size_bytes <= config.metered_limit_bytes:
+            return
+        raise DeviceError(
+            "device.metered",
+            f"{ref.path}: {ref.size_bytes} bytes over a metered link, no usable delta; not fetched.",
+            hint="Set metered_full = true, bring it on a stick, or wait for another link.",
+        )
+
+    def _apply_delta(self, plan: Plan, ref: BlobRef, source: Source) -> bool:
+        """Make a blob from one that is here already, where the release says how; a failure is remembered.
+
+        Returns:
+            Whether the blob lies in the parts now, verified.
+        """
+        if self._part(ref).is_file():
+            return True
+        for delta in plan.release.info.deltas:
+            if delta.target != ref.digest or delta.digest in self._store.state.failed_deltas:
+                continue
+            base = self._slots.find(delta.base)
+            if base is None:
+                continue
+            path = source.fetch_blob(
+                BlobRef(path=f"{ref.path} (delta)", role="model", digest=delta.digest, size_bytes=delta.size_bytes), self._parts
+            )
+            try:
+                make_from_delta(path, base, self._part(ref), delta, size_bytes=ref.size_bytes)
+            except (ArtifactError, TrustError, DeviceError) as error:
+                logger.warning("event=delta_failed delta=%s code=%s error=%r", delta.digest, error.code, error.message)
+                if error.code == "device.disk_full":
+                    raise
+                kept = (*self._store.state.failed_deltas, delta.digest)[-MAX_FAILED_DELTAS:]
+                self._store.update(failed_deltas=kept)
+                self.failed_deltas.append(error)
+            else:
+                logger.info("event=delta_applied blob=%s bytes=%d of=%d", ref.path, delta.size_bytes, ref.size_bytes)
+                self.delta_saved_bytes += ref.size_bytes - delta.size_bytes
+                return True
+            finally:
+                path.unlink(missing_ok=True)
+        return False
 
     def _find(self, ref: BlobRef, target: SlotName) -> SlotName | None:
         """A slot other than the target that holds the blob."""
@@ -149,7 +208,8 @@ class Installer:
     def _check_disk(self, plan: Plan, missing: Sequence[BlobRef]) -> None:
         """Refuse early what cannot fit; give the other slot up first where that makes the difference."""
         have = sum(path.stat().st_size for path in self._parts.iterdir())
-        needed = sum(ref.size_bytes for ref in missing) - have + self._config.disk_reserve_bytes
+        opening = max((ref.sealed.size_bytes for ref in missing if ref.sealed), default=0)  # both lie there for a moment
+        needed = sum(ref.size_bytes for ref in missing) + opening - have + self._config.disk_reserve_bytes
         free = disk_free_bytes(self._parts)
         if free >= needed:
             return
@@ -188,14 +248,27 @@ class Installer:
         """Build the slot from the parts and the other slot's blobs.
 
         Raises:
+            ReleaseRefused: a sealed blob is not for this device, or does not hold what the manifest says.
             DeviceError: ``device.disk_full``.
         """
         donor: SlotName = "a" if plan.slot == "b" else "b"
-        with self._reclaiming(plan):
+        with self._reclaiming(plan), self._opening():
+            identities = find_identities(contents.refs, self._config.age_identity, name=plan.intent)
             self._store.update_slot(self._describe(plan, contents, "staging"))
             checkpoint("staging")
             parts = [(ref, self._part(ref)) for ref in contents.refs]
-            self._slots.build(plan.slot, plan.release, contents.manifest_bytes, parts, donor)
+            self._slots.build(plan.slot, plan.release, contents.manifest_bytes, parts, donor, identities=identities)
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """What cannot be opened here is refused, and does not stay."""
+        try:
+            yield
+        except (ArtifactError, DeviceError) as error:
+            if error.code != DAMAGED_CODE and not error.code.startswith(CURABLE_PREFIX):
+                raise
+            self._drop_parts(keep=())
+            raise ReleaseRefused(error.code, error.message) from error
 
     def verify(self, plan: Plan, contents: Contents) -> None:
         """Hash the slot as it lies on the disk, then call it verified.
@@ -221,6 +294,9 @@ class Installer:
             counter=plan.release.info.counter,
             manifest=plan.release.manifest_digest,
             model_digest=contents.variant.model,
+            variant=contents.variant.name,
+            valid_until=plan.release.info.valid_until,
+            fallback=plan.release.info.fallback,
         )
 
     def contents_of(self, slot: Slot) -> Contents:
@@ -230,11 +306,14 @@ class Installer:
             DeviceError: ``slot.damaged``.
         """
         manifest = self._slots.read_manifest(slot)
-        variant = next((v for v in manifest.variants if v.model == slot.model_digest), None)
-        if variant is None:
+        for variant in manifest.variants:
+            opened = opened_variant(manifest, variant)
+            if opened.model == slot.model_digest:
+                break
+        else:
             raise DeviceError("slot.damaged", f"slot {slot.name}: its manifest has no variant {slot.model_digest}.")
         data = (self._slots.path(slot.name) / "manifest.json").read_bytes()
-        return Contents(manifest=manifest, manifest_bytes=data, variant=variant, refs=needed_blobs(manifest, variant))
+        return Contents(manifest=manifest, manifest_bytes=data, variant=opened, refs=needed_blobs(manifest, variant))
 
     def model_of(self, slot: Slot) -> Model:
         """What a worker needs to serve a slot; every blob is hashed first.
@@ -249,7 +328,14 @@ class Installer:
     def switch(self, plan: Plan) -> None:
         """Make the slot the active one and raise the floor, in one write."""
         state = self._store.state
-        slot = msgspec.structs.replace(slot_of(state, plan.slot), status="active", counter=plan.release.info.counter)
+        info = plan.release.info
+        slot = msgspec.structs.replace(
+            slot_of(state, plan.slot),
+            status="active",
+            counter=info.counter,
+            valid_until=info.valid_until,
+            fallback=info.fallback,
+        )
         floors = state.floors.releases | {slot.model: max(slot.counter, state.floors.releases.get(slot.model, 0))}
         before = active_slot(state)
         slots = {slot.name: slot}

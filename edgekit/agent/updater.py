@@ -5,6 +5,7 @@ What fails for good is refused and remembered; everything else is tried again la
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import random
@@ -13,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -22,12 +24,14 @@ from edgekit.agent.child import SelfTestFailed
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
+from edgekit.agent.inbox import InstallAnswer, InstallRequest, new_answer
 from edgekit.agent.journal import Journal
 from edgekit.agent.link import Model
 from edgekit.agent.plan import (
     MAX_ATTEMPTS,
     DeviceFacts,
     Plan,
+    active_slot,
     backoff_s,
     make_plan,
     next_poll_s,
@@ -38,11 +42,13 @@ from edgekit.agent.plan import (
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.source import RepositorySource
 from edgekit.agent.state_store import StateStore
-from edgekit.agent.steps import Contents, Installer, ReleaseRefused
+from edgekit.agent.steps import Contents, Installer, ReleaseRefused, Source
+from edgekit.agent.stick import StickSource
 from edgekit.agent.vitals import disk_free_bytes
 from edgekit.errors import DeviceError, EdgekitError, RepositoryError, TrustError
-from edgekit.schema.release import Release
-from edgekit.schema.state import Floors, Refusal, Slot
+from edgekit.schema.release import Recall, Release
+from edgekit.schema.state import AgentState, Floors, Refusal, Slot
+from edgekit.trust.repository_client import RefreshResult
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +107,7 @@ class Updater:
     failures: int = 0
     _deferred: dict[str, _Deferral] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
+    _busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def recover(self) -> None:
         """Tidy up after an interruption: no half-built slot, and no release that kills the device for ever."""
@@ -133,12 +140,43 @@ class Updater:
         self.store.update_slot(Slot(name=slot.name))
         self.slots.clear(slot.name)
 
+    async def install_stick(self, request: InstallRequest) -> InstallAnswer:
+        """Verify a stick and install the newest release on it that this device may have.
+
+        Returns:
+            What became of it; it never raises for what is on the stick.
+        """
+        async with self._busy:
+            try:
+                source = StickSource(
+                    Path(request.stick), root=self.root, floors=self.store.state.floors, model=self.config.model
+                )
+                found = await in_background(source.refresh, name="stick")
+                self._raise_floors(found.floors)
+                self._keep_recalls(found.recalls)
+                plan = make_plan(self.store.state, found.releases, model=self.config.model, channel=self.config.channel)
+                if plan is None:
+                    return new_answer(request, _why_not(self.store.state, found.releases, self.config))
+                await self._install(plan, source)
+            except (EdgekitError, OSError) as failure:
+                error = failure if isinstance(failure, EdgekitError) else self._disk_error(failure, 0)
+                self.journal.event("install_refused", f"stick {request.stick}: {error.message}", code=error.code)
+                return new_answer(request, error.message, code=error.code)
+            active, wanted = active_slot(self.store.state), plan.release.manifest_digest
+            if active and active.manifest == wanted:
+                return new_answer(request, f"{plan.intent} serves from slot {active.name}, variant {active.variant}")
+            return new_answer(request, self.last_error, code=self.last_error_code or "install.failed")
+
     async def poll(self) -> float:
         """One round.
 
         Returns:
             Seconds until the next.
         """
+        async with self._busy:
+            return await self._poll()
+
+    async def _poll(self) -> float:
         try:
             source, releases = await self._refresh()
         except (EdgekitError, OSError) as failure:
@@ -168,15 +206,21 @@ class Updater:
         return [deferral.until for deferral in self._deferred.values()]
 
     async def _refresh(self) -> tuple[RepositorySource, tuple[Release, ...]]:
-        def work() -> tuple[RepositorySource, tuple[Release, ...], Floors]:
+        def work() -> tuple[RepositorySource, RefreshResult]:
             source = RepositorySource(self.config, self.root, self.store.state.floors, self.halt)
-            result = source.refresh()
-            return source, result.releases, result.floors
+            return source, source.refresh()
 
-        source, releases, floors = await in_background(work, name="refresh")
+        source, result = await in_background(work, name="refresh")
+        releases, floors, recalls = result.releases, result.floors, result.recalls
         self.last_refresh_at = datetime.now(UTC)
         self._raise_floors(floors)
+        self._keep_recalls(recalls)
         return source, releases
+
+    def _keep_recalls(self, recalls: tuple[Recall, ...]) -> None:
+        """The deny-list works offline, too."""
+        if recalls != self.store.state.recalls:
+            self.store.update(recalls=recalls)
 
     def _raise_floors(self, floors: Floors) -> None:
         """Keep the new floors; the time alone is written at most once an hour, for the flash memory's sake."""
@@ -199,7 +243,7 @@ class Updater:
     def _note_error(self, code: str, message: str) -> None:
         self.last_error_code, self.last_error = code, message
 
-    async def _install(self, plan: Plan, source: RepositorySource) -> None:
+    async def _install(self, plan: Plan, source: Source) -> None:
         info = plan.release.info
         if plan.release.manifest_digest not in self._announced:
             self._announced.add(plan.release.manifest_digest)
@@ -213,7 +257,7 @@ class Updater:
         except OSError as error:
             self._fail(plan, self._disk_error(error, info.installed_bytes))
 
-    async def _try(self, plan: Plan, source: RepositorySource) -> None:
+    async def _try(self, plan: Plan, source: Source) -> None:
         installer = Installer(self.config, self.store, self.slots, await self.ask_facts())
         try:
             await self._do(plan, installer, source)
@@ -226,11 +270,11 @@ class Updater:
             return disk_full(self.config.state_path, needed, disk_free_bytes(self.config.state_path))
         return DeviceError("device.disk_error", f"{self.config.state_dir}: {error}.", hint="Check the disk.")
 
-    async def _do(self, plan: Plan, installer: Installer, source: RepositorySource) -> None:
+    async def _do(self, plan: Plan, installer: Installer, source: Source) -> None:
         with contextlib.ExitStack() as stack:
             await self._steps(plan, installer, source, stack)
 
-    async def _steps(self, plan: Plan, installer: Installer, source: RepositorySource, stack: contextlib.ExitStack) -> None:
+    async def _steps(self, plan: Plan, installer: Installer, source: Source, stack: contextlib.ExitStack) -> None:
         contents: Contents | None = None
         proven: Proven | None = None
         started = time.monotonic()
@@ -239,6 +283,8 @@ class Updater:
             match step:
                 case "fetch":
                     contents = await in_background(lambda: installer.fetch(plan, source), name="fetch")
+                    for error in installer.failed_deltas:
+                        self.journal.event("delta_failed", error.message, code=error.code, release=plan.release.info)
                 case "stage":
                     ready = _known(contents)
                     await in_background(lambda c=ready: installer.stage(plan, c), name="stage")  # type: ignore[misc]
@@ -273,7 +319,13 @@ class Updater:
         self._deferred.pop(plan.release.manifest_digest, None)
         self._note_error("", "")
         installer.settle()
-        fields = {"seconds": round(seconds, 3), "slot": plan.slot}
+        fields: dict[str, str | int | float | bool] = {
+            "seconds": round(seconds, 3),
+            "slot": plan.slot,
+            "variant": slot_of(self.store.state, plan.slot).variant,
+        }
+        if installer.delta_saved_bytes:
+            fields["delta_saved_bytes"] = installer.delta_saved_bytes
         self.journal.event("install_finished", f"slot {plan.slot} serves", release=plan.release.info, fields=fields)
         self.report()
         checkpoint("reported")
@@ -326,3 +378,17 @@ class Updater:
 def _known(contents: Contents | None) -> Contents:
     assert contents is not None, "stage follows fetch"
     return contents
+
+
+def _why_not(state: AgentState, releases: Sequence[Release], config: AgentConfig) -> str:
+    """Why nothing on a stick is installed."""
+    mine = [
+        release.info for release in releases if release.info.name == config.model and release.info.channel == config.channel
+    ]
+    if not mine:
+        return f"no release of {config.model} on {config.channel} is on the stick"
+    newest = max(mine, key=lambda info: info.counter)
+    active = active_slot(state)
+    if active and active.model == config.model and active.counter >= newest.counter:
+        return f"{newest.name}@{newest.version} is on the stick; {active.model}@{active.version} serves, which is not older"
+    return f"{newest.name}@{newest.version} is on the stick; this device refused it before, or may not go back to it"

@@ -151,7 +151,7 @@ class Worker:
         """Load and prove the model; what goes wrong is told to the supervisor."""
         if start.model is None:
             self._send(Ready())
-            return Service(self.meter, self._status)
+            return Service(self.meter, self._status, absence=start.absence)
         try:
             session, ready = load_model(start.model, threads=start.threads)
             predictor = Predictor(start.model, session, self.meter, golden_ms=ready.golden_ms)

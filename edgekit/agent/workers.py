@@ -41,8 +41,8 @@ class Workers:
     _leftover: list[Figures] = field(default_factory=list)
     _past: tuple[int, int] = (0, 0)
 
-    async def start(self, model: Model | None) -> WorkerProcess:
-        """Start a worker; it does not accept yet."""
+    async def start(self, model: Model | None, *, absence: str = "") -> WorkerProcess:
+        """Start a worker; it does not accept yet. Without a model it says why (``absence``)."""
         config = self.config
         start = Start(
             model=model,
@@ -50,6 +50,7 @@ class Workers:
             max_request_bytes=config.max_request_bytes,
             request_timeout_s=config.request_timeout_s,
             drain_s=config.drain_s,
+            absence=absence,
         )
         worker = await WorkerProcess.spawn(self.listener, start, self.make_status)
         self._all.append(worker)

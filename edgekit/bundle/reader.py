@@ -142,11 +142,31 @@ def _inconsistency(manifest: Manifest) -> str:
             return f"the blob {ref.path[:64]!r} has a path or size that is not allowed"
     if not manifest.variants:
         return "it has no variant"
+    if why := _sealing_fault(manifest) or _threshold_fault(manifest):
+        return why
     role_of = {ref.digest: ref.role for ref in manifest.blobs}
     for variant in manifest.variants:
         if role_of.get(variant.model) != "model" or role_of.get(variant.golden) != "golden":
             return f"the variant {variant.name} names a model or golden samples that are not among its blobs"
     return ""
+
+
+def _sealing_fault(manifest: Manifest) -> str:
+    """What is wrong with the sealed blobs; empty when nothing is."""
+    sealed = [(ref, ref.sealed) for ref in manifest.blobs if ref.sealed is not None]
+    for ref, how in sealed:
+        if ref.role not in {"model", "golden"} or not how.recipients or how.size_bytes < 0:
+            return f"the blob {ref.path[:64]!r} is sealed in a way that is not allowed"
+    contents = [how.digest for _, how in sealed]
+    if len(set(contents)) != len(contents) or set(contents) & {ref.digest for ref in manifest.blobs}:
+        return "it seals a content twice, or lists it open, too"
+    return ""
+
+
+def _threshold_fault(manifest: Manifest) -> str:
+    """Which threshold is for nothing; empty when none is."""
+    unknown = sorted(manifest.contract.thresholds.keys() - set(manifest.contract.labels))
+    return f"it has a threshold for {unknown[0][:64]!r}, which is not one of its labels" if unknown else ""
 
 
 def _read_layout(file: BinaryIO, name: str) -> Layout:

@@ -114,12 +114,18 @@ def _slots(state: AgentState) -> str:
     for slot in state.slots:
         release = f"{slot.model}@{slot.version}" if slot.model else "-"
         digest = (slot.model_digest or "").removeprefix("sha256:")[:12]
-        rows.append([slot.name, slot.status, release, str(slot.counter) if slot.counter else "-", digest or "-"])
-    return table(["slot", "status", "release", "counter", "model"], rows, right=[3])
+        counter = str(slot.counter) if slot.counter else "-"
+        until = f"{slot.valid_until:%Y-%m-%d}" if slot.valid_until else "-"
+        rows.append([slot.name, slot.status, release, counter, slot.variant or "-", digest or "-", until])
+    return table(["slot", "status", "release", "counter", "variant", "model", "valid until"], rows, right=[3])
 
 
 def _show_state(state: AgentState) -> None:
     out(_slots(state))
+    for recall in state.recalls:
+        out(
+            f"{paint('recalled', 'yellow')} {recall.digest[:19]}… from {recall.deadline:%Y-%m-%d %H:%M} UTC on: {recall.reason}"
+        )
     for refusal in state.refusals:
         release = f"{refusal.model}@{refusal.version}#{refusal.counter}"
         out(f"{paint('refused', 'yellow')} {release}: {refusal.code}: {refusal.reason}")
@@ -138,6 +144,37 @@ def _show(status: AgentStatus) -> None:
     out(f"repository last seen {refreshed}")
     if status.last_error:
         out(f"{paint('last error', 'red')} {status.last_error}")
+
+
+@app.command()
+def install(
+    stick: Path = typer.Argument(..., metavar="STICK", help='Folder that "edgekit repo stick" made.'),
+    state_dir: Path | None = typer.Option(None, "--state-dir", help="The agent's state folder."),
+    config: Path | None = typer.Option(None, "--config", metavar="FILE", help="The agent's settings."),
+    timeout_s: float = typer.Option(300.0, "--timeout", min=1, metavar="SECONDS", help="How long to wait."),
+) -> None:
+    """Let the running agent install from a stick, without a network. Exit 4: what is on it was refused."""
+    import secrets
+
+    from edgekit.agent.config import load_config
+    from edgekit.agent.inbox import Inbox, InstallRequest
+    from edgekit.errors import DeviceError, TrustError
+
+    flags = {"state_dir": str(state_dir)} if state_dir else {}
+    folder = load_config(config, flags=flags).state_path
+    if not (stick / "metadata").is_dir():
+        hint = 'Make one: "edgekit repo stick DIR NAME@VERSION --out STICK".'
+        raise UsageError("stick.not_found", f"{stick}: no stick's folder (it has no metadata).", hint=hint)
+    where = _url_of(folder)
+    if not where or _ask(where) is None:
+        hint = 'Start it with "edgekit agent run"; it installs, tests and serves what is on the stick.'
+        raise EnvironmentFault("agent.not_running", f"{folder}: no agent runs with this state folder.", hint=hint)
+    answer = Inbox(folder).ask(InstallRequest(id=secrets.token_hex(8), stick=str(stick.absolute())), timeout_s=timeout_s)
+    if answer.code.startswith(("trust.", "bundle.", "release.")):
+        raise TrustError(answer.code, answer.text)
+    if answer.code:
+        raise DeviceError(answer.code, answer.text)
+    out(answer.text)
 
 
 @app.command()

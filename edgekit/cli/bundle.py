@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from edgekit.cli import bundle_evidence, bundle_export
 from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.schema.digest import short
@@ -16,6 +20,7 @@ from edgekit.schema.digest import short
 if TYPE_CHECKING:
     from edgekit.bundle.reader import Bundle
     from edgekit.bundle.sampling import OpenedModel
+    from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
     from edgekit.schema.candidate import Candidate
     from edgekit.schema.manifest import Manifest
@@ -29,11 +34,48 @@ app = typer.Typer(
 )
 
 
+class KeyScheme(enum.StrEnum):
+    """What a key pair is for."""
+
+    ed25519 = "ed25519"
+    """Signs bundles."""
+    age = "age"
+    """Opens sealed bundles, on a device or a group of devices."""
+    ecdsa_p256 = "ecdsa-p256"
+    """Signs models for tools that know OpenSSF Model Signing."""
+
+
 @app.command()
 def keygen(
-    destination: Path = typer.Option(..., "--out", metavar="NAME", help="Writes NAME.pem (private, 0600) and NAME.pub."),
+    destination: Path = typer.Option(
+        ..., "--out", metavar="NAME", help="Writes NAME.pem (private, 0600) and NAME.pub; of age NAME.age and NAME.age.pub."
+    ),
+    scheme: KeyScheme = typer.Option(
+        KeyScheme.ed25519, "--scheme", help="ed25519 signs bundles; age opens sealed ones; ecdsa-p256 signs models (--oms-key)."
+    ),
 ) -> None:
-    """Make a publisher's key pair. EDGEKIT_KEY_PASSPHRASE encrypts the private key."""
+    """Make a key pair. EDGEKIT_KEY_PASSPHRASE encrypts a signing key."""
+    match scheme:
+        case KeyScheme.ed25519:
+            _make_signer(destination)
+        case KeyScheme.age:
+            _make_identity(destination)
+        case KeyScheme.ecdsa_p256:
+            bundle_evidence.make_producer_pair(destination)
+
+
+def _make_identity(destination: Path) -> None:
+    from edgekit.bundle.sealing import make_identity
+
+    base = destination.with_suffix("") if destination.suffix == ".age" else destination
+    private, public = base.with_name(base.name + ".age"), base.with_name(base.name + ".age.pub")
+    if public.exists():
+        raise UsageError("key.exists", f"{public}: exists already and is not replaced.", hint="Give another name.")
+    out(make_identity(private, public))
+    note(f"{private}: identity, for the device's age_identity; {public}: recipient, for pack --recipient @{public}")
+
+
+def _make_signer(destination: Path) -> None:
     from edgekit.trust.keys import save_public_key
     from edgekit.trust.signer import generate_signer, save_signer
 
@@ -56,13 +98,23 @@ def pack(
     key: list[Path] = typer.Option([], "--key", help="The publisher's private key; several sign together."),
     data: str = typer.Option("", "--data", metavar="DATA", help="Real samples to make golden samples from."),
     golden: int = typer.Option(8, "--golden", min=1, max=64, help="Golden samples to keep."),
+    recipient: list[str] = typer.Option(
+        [], "--recipient", metavar="AGE|@FILE", help="Seal the model for this age1... key; repeat, or @FILE with one a line."
+    ),
+    card: Path | None = typer.Option(
+        None, "--card", metavar="FILE", help="TOML or Markdown: intended use, owner, licence, limits."
+    ),
+    oms_key: Path | None = typer.Option(
+        None, "--oms-key", metavar="KEY", help="Sign the files for OpenSSF Model Signing, too."
+    ),
     destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
 ) -> None:
     """Make golden samples, pack the candidate and sign it."""
     from edgekit.bundle.reader import read_bundle
-    from edgekit.bundle.writer import pack_bundle, read_candidate
+    from edgekit.bundle.writer import draft_bundle, read_candidate, write_bundle
     from edgekit.trust.signer import load_signer
 
+    recipients = _recipients(recipient)
     if not key:
         raise UsageError(
             "bundle.no_key", "no --key to sign with.", hint='Make one: "edgekit bundle keygen --out keys/publisher".'
@@ -73,20 +125,47 @@ def pack(
         warn(f"{candidate.name} misses its budget: {candidate.verdict.reason}")
     if not data:
         warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
-    path = pack_bundle(
+    path = destination or Path(f"{name}-{version}.edgekit")
+    samples = _load_samples(candidate, data) if data else None
+    draft = draft_bundle(
         folder,
-        destination or Path(f"{name}-{version}.edgekit"),
         name=name,
         version=version,
-        signer=signers,
         open_session=_open,
-        data=_load_samples(candidate, data) if data else None,
+        data=samples,
         golden_samples=golden,
         arch=_arch_of(candidate),
-        created_at=_source_date(),
+        created_at=source_date(),
     )
+    draft = bundle_evidence.add_evidence(draft, card=card, data=samples, open_session=_open)
+    with _sealed(draft, recipients, path) as sealed:
+        ready = bundle_evidence.add_signature(sealed, oms_key)
+        write_bundle(ready.manifest, ready.blobs, signer=signers, out=path)
     bundle = read_bundle(path)
     out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(bundle.manifest_digest)}")
+
+
+def _recipients(values: Sequence[str]) -> tuple[str, ...]:
+    """Who can open the release; empty when it is not sealed."""
+    from edgekit.bundle.sealing import check_recipients, read_recipients
+
+    return check_recipients(read_recipients(values)) if values else ()
+
+
+@contextmanager
+def _sealed(draft: Draft, recipients: tuple[str, ...], destination: Path) -> Iterator[Draft]:
+    """The draft, sealed where there are recipients; the sealed files lie beside the bundle until it is written."""
+    import tempfile
+
+    from edgekit.bundle.sealing import seal_models
+    from edgekit.durable import make_folder
+
+    if not recipients:
+        yield draft
+        return
+    make_folder(destination.parent)
+    with tempfile.TemporaryDirectory(prefix=".edgekit-seal-", dir=destination.parent) as folder:
+        yield seal_models(draft, recipients, folder=Path(folder))
 
 
 def _open(path: Path, *, threads: int, is_optimized: bool) -> OpenedModel:
@@ -113,7 +192,7 @@ def _arch_of(candidate: Candidate) -> tuple[str, ...]:
         return ()
 
 
-def _source_date() -> datetime | None:
+def source_date() -> datetime | None:
     """SOURCE_DATE_EPOCH, for bytes that can be made again."""
     text = os.environ.get("SOURCE_DATE_EPOCH", "")
     return datetime.fromtimestamp(int(text), UTC) if text.isascii() and text.isdigit() else None
@@ -121,16 +200,25 @@ def _source_date() -> datetime | None:
 
 @app.command()
 def verify(
-    file: Path = typer.Argument(..., metavar="FILE", help="The bundle."),
+    file: Path = typer.Argument(..., metavar="FILE", help="The bundle; or a folder of its files, with --oms-key."),
     key: list[Path] = typer.Option([], "--key", metavar="PUB", help="A publisher's public key that you trust."),
+    oms_key: Path | None = typer.Option(
+        None, "--oms-key", metavar="PUB", help="The producer's public key, for the model signature."
+    ),
 ) -> None:
-    """Check structure, digests and signature. Exit 4: refused."""
+    """Check structure, digests, signature and evidence. Exit 4: refused."""
     from edgekit.bundle.reader import verify_bundle
     from edgekit.trust.keys import load_public_key
 
+    if file.is_dir():
+        bundle_evidence.verify_unpacked(file, oms_key)
+        return
     bundle = verify_bundle(file, [load_public_key(path) for path in key])
     keyids = ", ".join(f"{keyid[:12]}…" for keyid in bundle.keyids)
+    evidence = bundle_evidence.verify_evidence(bundle, oms_key)
     out(f"{file.name}: {bundle.manifest.name}@{bundle.manifest.version} is intact, signed by {keyids}")
+    for line in evidence:
+        out(line)
 
 
 @app.command()
@@ -166,19 +254,26 @@ def _show(bundle: Bundle) -> None:
         *_quality(manifest.candidate),
         *_contract(manifest),
     ]
+    sealed = {ref.digest: ref.sealed for ref in manifest.blobs if ref.sealed is not None}
     for variant in manifest.variants:
         needs = variant.requires
         rest = " ".join([*needs.arch, *needs.isa])
         lines.append(("variant", f"{variant.name}: {variant.format} {variant.precision}, needs {needs.runtime} "
                                  f">= {needs.runtime_version or 'any'} {rest}".rstrip()))  # fmt: skip
+        if variant.golden in sealed:
+            continue
         golden = decode_msgpack(bundle.blob(variant.golden), GoldenSet, name="golden samples")
         lines.append(("golden", f"{len(golden.samples)} samples; {golden.tolerance_reason}"))
+    if sealed:
+        names = dict.fromkeys(name for how in sealed.values() for name in how.recipients)
+        lines.append(("sealed", f"model and golden samples, with age, for {', '.join(names)}"))
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         out(f"{paint(label.ljust(width), 'bold')}  {text}")
     out()
     rows = [[ref.path, ref.role, format_bytes(ref.size_bytes), short(ref.digest)] for ref in manifest.blobs]
     out(table(["blob", "role", "size", "sha256"], rows, right=[2]))
+    bundle_evidence.show_evidence(bundle)
 
 
 def _quality(candidate: Candidate) -> list[tuple[str, str]]:
@@ -204,4 +299,10 @@ def _contract(manifest: Manifest) -> list[tuple[str, str]]:
     lines += [("output", f"{spec.name}: {spec.dtype}{list(spec.shape)}") for spec in contract.outputs]
     if contract.labels:
         lines.append(("labels", ", ".join(contract.labels)))
+    if contract.thresholds:
+        lines.append(("thresholds", ", ".join(f"{label} {score:g}" for label, score in contract.thresholds.items())))
     return lines
+
+
+bundle_evidence.register(app)
+bundle_export.register(app)

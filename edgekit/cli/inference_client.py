@@ -38,6 +38,7 @@ class ServedModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
+    thresholds: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,9 @@ class InferenceClient:
                 inputs=tuple(_spec(entry) for entry in answer["inputs"]),
                 outputs=tuple(_spec(entry) for entry in answer["outputs"]),
                 labels=tuple(str(label) for label in parameters.get("labels", ())),
+                thresholds={str(label): float(score) for label, score in parameters.get("thresholds", {}).items()},
             )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise self._bad_answer(f"its description of {self._model} is not complete: {error!r}") from error
 
     def infer(self, feeds: Mapping[str, Array]) -> Answered:

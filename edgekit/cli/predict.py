@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from edgekit.schema.base import Record
 from edgekit.schema.contract import Task
 
 if TYPE_CHECKING:
+    from edgekit.bundle.reader import Bundle
     from edgekit.cli.inference_client import InferenceClient
     from edgekit.dataset.data import Array, Dataset
     from edgekit.runtime.session import Session
@@ -42,6 +43,13 @@ class Prediction(Record, frozen=True, kw_only=True):
     label: str | None = None
     confidence: float | None = None
     expected: str | None = None
+    threshold: float | None = None
+    """The confidence from which an answer of this class counts, where the release says one."""
+
+    @property
+    def is_below_threshold(self) -> bool:
+        """Whether the answer does not count."""
+        return self.threshold is not None and (self.confidence or 0.0) < self.threshold
 
 
 class PredictionReport(Record, frozen=True, kw_only=True):
@@ -61,12 +69,13 @@ class PredictionReport(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """Which model answered; ``labels`` are the names of its classes, where they are known."""
+    """Which model answered; ``labels`` are the names of its classes, where they are known, ``thresholds`` are by class."""
 
     name: str
     version: str
     digest: str
     labels: tuple[str, ...]
+    thresholds: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +171,32 @@ def _model_in(folder: Path) -> Path:
     )
 
 
-def _ask_bundle(path: Path, spec: str, limit: int | None, labels: tuple[str, ...]) -> _Answers:
+def _by_class(labels: Sequence[str], thresholds: Mapping[str, float]) -> dict[int, float]:
+    return {index: thresholds[label] for index, label in enumerate(labels) if label in thresholds}
+
+
+def _extract(bundle: Bundle, digest: str, file: Path, identity: str) -> None:
+    """Write a blob of a bundle, opened where it is sealed."""
+    from edgekit.bundle.opening import find_identities, open_sealed
+
+    ref = next(ref for ref in bundle.manifest.blobs if ref.digest == digest)
+    identities = find_identities([ref], identity, name=bundle.path.name)
+    if identities is None:
+        file.write_bytes(bundle.blob(digest))
+        return
+    sealed = file.with_suffix(".age")
+    with sealed.open("wb") as part:
+        part.writelines(bundle.chunks(digest))
+    open_sealed(sealed, file, ref, identities)
+
+
+def _ask_bundle(path: Path, spec: str, limit: int | None, labels: tuple[str, ...], identity: str) -> _Answers:
     """Run the variant that an agent on this machine would take."""
     import tempfile
 
     from edgekit.agent.facts import probe_facts
     from edgekit.agent.plan import choose_variant
+    from edgekit.bundle.opening import opened_variant
     from edgekit.bundle.reader import read_bundle
     from edgekit.runtime.registry import open_session
 
@@ -177,11 +206,15 @@ def _ask_bundle(path: Path, spec: str, limit: int | None, labels: tuple[str, ...
     note(f"{manifest.name}@{manifest.version}, variant {variant.name}; its signature is not checked here", "dim")
     with tempfile.TemporaryDirectory(prefix="edgekit-predict-") as folder:
         file = Path(folder) / f"model.{variant.format}"
-        file.write_bytes(bundle.blob(variant.model))
+        _extract(bundle, variant.model, file, identity)
+        opened = opened_variant(manifest, variant)
         session = open_session(file, format=variant.format)
         try:
             names = labels or manifest.contract.labels
-            model = _Model(name=manifest.name, version=manifest.version, digest=variant.model, labels=names)
+            thresholds = _by_class(manifest.contract.labels, manifest.contract.thresholds)
+            model = _Model(
+                name=manifest.name, version=manifest.version, digest=opened.model, labels=names, thresholds=thresholds
+            )
             return _run(session, spec, limit, model)
         finally:
             session.close()
@@ -217,7 +250,8 @@ def _ask_agent(client: InferenceClient, spec: str, limit: int | None, labels: tu
         warn(f"the agent changed its model meanwhile: {', '.join(seen.values())} answered; the last is named")
     digest, version = list(seen.items())[-1]
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    model = _Model(name=served.name, version=version, digest=digest, labels=names)
+    thresholds = _by_class(served.labels, served.thresholds)
+    model = _Model(name=served.name, version=version, digest=digest, labels=names, thresholds=thresholds)
     return _Answers(model=model, inputs=served.inputs, data=data, outputs=outputs)
 
 
@@ -272,6 +306,7 @@ def _predictions(answers: _Answers, task: Task) -> tuple[Prediction, ...]:
             class_index=winner,
             label=_name(answers.labels, winner),
             confidence=float(probabilities[i, winner]),
+            threshold=answers.model.thresholds.get(winner),
             expected=expected[i] if expected else None,
         )
         for i, winner in enumerate(classes)
@@ -320,7 +355,8 @@ def _rows(report: PredictionReport) -> tuple[list[str], list[list[str]]]:
     headers = ["index", "predicted", *(["confidence"] if is_classified else []), *(["expected"] if has_expected else [])]
     rows = []
     for one in report.predictions[:SHOWN_ROWS]:
-        cells = [one.label or "", f"{one.confidence or 0:.4f}"] if is_classified else [_numbers(one.values)]
+        label = f"{one.label} (below threshold {one.threshold:g})" if one.is_below_threshold else one.label or ""
+        cells = [label, f"{one.confidence or 0:.4f}"] if is_classified else [_numbers(one.values)]
         rows.append([str(one.index), *cells, *([one.expected or ""] if has_expected else [])])
     return headers, rows
 
@@ -334,7 +370,9 @@ def _show(report: PredictionReport) -> None:
     samples = "1 sample" if report.samples == 1 else f"{report.samples} samples"
     score = f", {report.metric} {report.score:.4f}" if report.score is not None else ""
     version = f" {report.version}" if report.version else ""
-    out(f"{report.model}{version}: {samples}{score}")
+    below = sum(one.is_below_threshold for one in report.predictions)
+    rest = f", {below} below the threshold of their label" if below else ""
+    out(f"{report.model}{version}: {samples}{score}{rest}")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------------
@@ -386,6 +424,8 @@ def _columns(report: PredictionReport) -> dict[str, list[int | float | str | Non
         columns["predicted"] = [one.label for one in report.predictions]
         columns["class_index"] = [one.class_index for one in report.predictions]
         columns["confidence"] = [one.confidence for one in report.predictions]
+        if any(one.threshold is not None for one in report.predictions):
+            columns["threshold"] = [one.threshold for one in report.predictions]
     if any(one.expected is not None for one in report.predictions):
         columns["expected"] = [one.expected for one in report.predictions]
     for place in range(len(report.predictions[0].values)):
@@ -425,7 +465,9 @@ def _parse_labels(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _answer(first: str, second: str, *, agent: str, model: str, limit: int | None, labels: tuple[str, ...]) -> _Answers:
+def _answer(
+    first: str, second: str, *, agent: str, model: str, limit: int | None, labels: tuple[str, ...], identity: str
+) -> _Answers:
     if agent:
         from edgekit.cli.inference_client import InferenceClient
 
@@ -438,8 +480,9 @@ def _answer(first: str, second: str, *, agent: str, model: str, limit: int | Non
         raise UsageError(
             "predict.usage", what, hint="edgekit predict MODEL DATA, or edgekit predict DATA --agent URL --model NAME"
         )
-    ask = _ask_bundle if first.endswith(".edgekit") else _ask_file
-    return ask(Path(first), second, limit, labels)
+    if first.endswith(".edgekit"):
+        return _ask_bundle(Path(first), second, limit, labels, identity)
+    return _ask_file(Path(first), second, limit, labels)
 
 
 @app.command()
@@ -455,6 +498,7 @@ def predict(
     json: bool = typer.Option(False, "--json", help="Print every prediction as JSON."),
     agent: str = typer.Option("", "--agent", metavar="URL", help="Ask a running agent, for example http://127.0.0.1:8080."),
     model: str = typer.Option("", "--model", metavar="NAME", help="The model's name, with --agent."),
+    identity: str = typer.Option("", "--identity", metavar="FILE", help="The age identity that opens a sealed bundle."),
 ) -> None:
     """Run a model file, a bundle or a running agent's model on data.
 
@@ -463,7 +507,7 @@ def predict(
     """
     if out_file:
         _check_out(Path(out_file))
-    answers = _answer(first, second, agent=agent, model=model, limit=limit, labels=_parse_labels(labels))
+    answers = _answer(first, second, agent=agent, model=model, limit=limit, labels=_parse_labels(labels), identity=identity)
     _check_finite(answers)
     _check_label_count(labels, answers)
     report = _report(answers)

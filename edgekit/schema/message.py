@@ -36,6 +36,9 @@ EventKind = Literal[
     "rolled_back",
     "repository_unreachable",
     "messages_dropped",
+    "release_recalled",
+    "release_expired",
+    "delta_failed",
 ]
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from edgekit.schema.base import SCHEMA_VERSION, Record
 from edgekit.schema.digest import Digest
-from edgekit.schema.release import Recall
+from edgekit.schema.release import Fallback, Recall
 
 SlotName = Literal["a", "b"]
 SlotStatus = Literal["empty", "staging", "verified", "active", "good", "bad"]
@@ -28,6 +28,9 @@ class Slot(Record, frozen=True, kw_only=True):
     model_digest: Digest | None = None
     variant: str = ""
     """The variant that the device took."""
+    valid_until: datetime | None = None
+    fallback: Fallback = "report"
+    """What the device does from ``valid_until`` on."""
 
 
 class Refusal(Record, frozen=True, kw_only=True):

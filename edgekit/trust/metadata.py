@@ -102,10 +102,10 @@ def refresh_metadata(
             timestamp=trusted.timestamp.version,
             snapshot=trusted.snapshot.version,
             targets=trusted.targets.version,
-            delegated={_fingerprint(trusted.targets, role): found.version for role, found in delegated.items()},
+            delegated={fingerprint(trusted.targets, role): found.version for role, found in delegated.items()},
         ),
         releases=list_releases(trusted.targets, delegated),
-        recalls=_recalls(trusted.targets),
+        recalls=recalls_of(trusted.targets),
         expires_at=min(role.expires for role in roles),
         received_bytes=fetcher.received_bytes,
     )
@@ -246,7 +246,7 @@ def _material(key: Key) -> bytes:
         return text.encode(errors="surrogatepass")
 
 
-def _fingerprint(targets: Targets, role: str) -> str:
+def fingerprint(targets: Targets, role: str) -> str:
     """A delegated role and its keys, as the floors name it."""
     keyids = sorted(targets.get_delegated_role(role).keyids)
     return f"{role}:{hashlib.sha256(' '.join(keyids).encode()).hexdigest()[:16]}"
@@ -280,7 +280,7 @@ def _may_speak(roles: Mapping[str, DelegatedRole], name: str, path: str, delegat
     return False
 
 
-def _recalls(targets: Targets) -> tuple[Recall, ...]:
+def recalls_of(targets: Targets) -> tuple[Recall, ...]:
     """The signed deny-list. One that cannot be read must not be taken for an empty one.
 
     Raises:
