@@ -46,6 +46,7 @@ from edgekit.repository.store import (
     Expiry,
     RepositoryConfig,
     Store,
+    add_signature,
     delegated_roles,
     delegation_of,
     whole_second,
@@ -224,7 +225,7 @@ def _write_first_metadata(store: Store, keys: dict[str, list[Key]], plan: KeyPla
     for role, content in (("root", root), ("targets", Targets(version=1, expires=store.expires("targets", now)))):
         metadata: Metadata[Any] = Metadata(content)
         for signer in store.find_signers({key.keyid: key for key in keys[role]}).values():
-            metadata.sign(signer, append=True)
+            add_signature(metadata, signer)
         if not delegation_of(root, role).is_met(metadata):
             raise UsageError(
                 "trust.init_needs_keys",
@@ -246,7 +247,7 @@ def _write_first_metadata(store: Store, keys: dict[str, list[Key]], plan: KeyPla
 
 def _sign_all(store: Store, metadata: Metadata[Any], keys: Sequence[Key], name: str) -> bytes:
     for signer in store.find_signers({key.keyid: key for key in keys}).values():
-        metadata.sign(signer, append=True)
+        add_signature(metadata, signer)
     return store.write(name, metadata)
 
 
@@ -610,7 +611,7 @@ def sign_detached(path: Path, keys: Sequence[str]) -> tuple[str, ...]:
     keyids = []
     for spec in keys:
         signer = open_role_signer(spec)
-        metadata.sign(signer, append=True)
+        add_signature(metadata, signer)
         keyids.append(signer.public_key.keyid)
     write_durably(path, metadata.to_bytes())
     return tuple(keyids)
@@ -769,7 +770,21 @@ def diagnose(folder: Path, *, days: float = DOCTOR_DAYS, now: datetime | None = 
         )
         for item in status.waiting
     ]
+    kinds = {key.keytype for key in (*chain.root.keys.values(), *_delegated_keys(chain))} - {"ed25519"}
+    if kinds:
+        found.append(
+            Fault(
+                level="warning",
+                what=f"keys of the kind {', '.join(sorted(kinds))}: devices can check them only with the cryptography package",
+                hint="pip install 'edgekit[agent,crypto]' on the devices, or use Ed25519 keys.",
+            )
+        )
     return (*found, *_key_faults(store, chain), *_log_faults(store, chain))
+
+
+def _delegated_keys(chain: Chain) -> list[Key]:
+    delegations = chain.targets.delegations
+    return list(delegations.keys.values()) if delegations else []
 
 
 def _role_faults(store: Store, role: RoleStatus, days: float, now: datetime) -> list[Fault]:

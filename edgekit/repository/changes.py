@@ -29,6 +29,7 @@ from edgekit.repository.store import (
     Chain,
     Delegation,
     Store,
+    add_signature,
     copy_of,
     delegated_roles,
     delegation_of,
@@ -166,7 +167,7 @@ class Workbench:
                 allowed = {**delegation_of(self.chain.root, "root").keys, **allowed}
             mine = [signer for keyid, signer in signers.items() if keyid in allowed]
             for signer in mine:
-                metadata.sign(signer, append=True)
+                add_signature(metadata, signer)
             if mine:
                 done.append(name)
         if role and role not in done:
@@ -353,5 +354,5 @@ class Workbench:
         signed.expires = self.store.expires(role, self.now)
         metadata: Metadata[Any] = Metadata(signed)
         for signer in signers:
-            metadata.sign(signer, append=True)
+            add_signature(metadata, signer)
         return self.store.write(f"{signed.version}.snapshot.json" if is_snapshot else "timestamp.json", metadata)

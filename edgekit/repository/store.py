@@ -33,11 +33,12 @@ from typing import Any, TypeVar
 from securesystemslib.signer import Key  # type: ignore[attr-defined]
 from securesystemslib.signer import Signer as RoleSigner  # type: ignore[attr-defined]
 from tuf.api.exceptions import RepositoryError as TufRepositoryError
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 from tuf.api.serialization.json import JSONSerializer
 
 from edgekit.durable import make_folder, sync_folder, write_durably
-from edgekit.errors import RepositoryError, TrustError, UsageError
+from edgekit.errors import EdgekitError, RepositoryError, TrustError, UsageError
 from edgekit.schema.base import SCHEMA_VERSION, Record, decode_json, encode_json
 from edgekit.trust.role_keys import load_role_key, material, open_role_signer
 from edgekit.trust.signer import load_signer
@@ -129,6 +130,24 @@ def signed_by(keys: Mapping[str, Key], metadata: Metadata[Any]) -> dict[str, Key
             continue
         found.setdefault(material(key), (keyid, key))
     return dict(found.values())
+
+
+def add_signature(metadata: Metadata[Any], signer: RoleSigner) -> None:
+    """Sign, beside those who have signed already.
+
+    Raises:
+        UsageError: ``key.unusable``, or what the key's owner is asked for (``key.pin``).
+    """
+    try:
+        metadata.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        if isinstance(error.__cause__, EdgekitError):
+            raise error.__cause__ from None
+        raise UsageError(
+            "key.unusable",
+            f"key {signer.public_key.keyid[:12]}…: cannot sign: {error.__cause__ or error}.",
+            hint="Check the token or service that holds it.",
+        ) from error
 
 
 @dataclass(frozen=True)
