@@ -452,3 +452,54 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path):
             init_repository(tmp_path / "r", keys=plan)
         assert caught.value.code == "trust.threshold"
     assert not (tmp_path / "r").exists()
+
+
+def test_targets_with_one_of_two_signatures_are_refused_and_later_ones_accepted(place):
+    """A thief of one targets key and of the online keys; then the two owners publish the same version properly."""
+    shutil.copytree(place.repo, place.folder / "honest")
+    chain = Store.open(place.repo).chain()
+    chain.targets.version = 2
+    one = [load_signer(place.keys / "targets-1.pem")]
+    data = forge(place.repo, chain.targets, "2.targets.json", one)
+    forge_online(place.repo, chain, data)
+    with pytest.raises(TrustError) as caught:
+        place.device()
+    assert caught.value.code == "trust.signature"
+    shutil.rmtree(place.repo)
+    (place.folder / "honest").rename(place.repo)
+    place.publish(role_keys=place.far("targets-2"))
+    refresh_repository(place.repo, now=NOW)  # above the timestamp that the thief signed
+    result = place.device()
+    assert (result.versions.targets, len(result.releases)) == (2, 1)
+
+
+@pytest.mark.parametrize(("old", "is_accepted"), [(["root-2"], False), (["root-1", "root-2"], True)])
+def test_root_signed_by_new_keys_and_some_old_ones(place, old, is_accepted):
+    root = Store.open(place.repo).chain().root
+    new = [generate_signer(), generate_signer()]
+    root.version = 2
+    for keyid in list(root.roles["root"].keyids):
+        root.revoke_key(keyid, "root")
+    for signer in new:
+        root.add_key(signer.tuf_signer().public_key, "root")
+    mine = {path.stem: load_signer(path) for folder in (place.keys, place.elsewhere) for path in folder.glob("root-*.pem")}
+    forge(place.repo, root, "2.root.json", [*new, *(mine[name] for name in old)])
+    if is_accepted:
+        assert place.device().versions.root == 2
+    else:
+        with pytest.raises(TrustError) as caught:
+            place.device()
+        assert caught.value.code == "trust.signature"
+
+
+def test_snapshot_that_leaves_a_delegated_role_out(place):
+    """The online keys' thief hides a family's releases; the device must not take that for an empty family."""
+    delegate(place.repo, "audio", models=["kws*"], new_keys=["generate"], keys=place.far("targets-2"), now=NOW)
+    place.publish()
+    chain = Store.open(place.repo).chain()
+    del chain.snapshot.meta["audio.json"]
+    data = (place.repo / "metadata" / f"{chain.targets.version}.targets.json").read_bytes()
+    forge_online(place.repo, chain, data)
+    with pytest.raises(TrustError) as caught:
+        place.device()
+    assert caught.value.code == "trust.metadata"
