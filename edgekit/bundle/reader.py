@@ -21,7 +21,9 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -51,9 +53,25 @@ from edgekit.trust.keys import PublicKey, unique_keys
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """Bound of the manifest and of the envelope, which are read into memory."""
+_CHUNKS_AHEAD = 3
 _MAX_DIRECTORY_BYTES = MAX_ENTRIES * 512
 _BLOB_PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(?:/[A-Za-z0-9][A-Za-z0-9._+-]*)*\Z")
 _REFETCH = "Fetch the file again; if it is still refused, it was changed on the way."
+
+
+class _Sums:
+    """SHA-256 and CRC-32 of the same bytes."""
+
+    def __init__(self) -> None:
+        self._state, self.crc32 = hashlib.sha256(), 0
+
+    def update(self, chunk: bytes) -> None:
+        self._state.update(chunk)
+        self.crc32 = zlib.crc32(chunk, self.crc32)
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._state.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,10 +85,13 @@ class Bundle:
     keyids: tuple[str, ...]
     envelope: Envelope
     is_verified: bool
-    _offsets: dict[str, int]
+    _places: dict[str, tuple[int, int]]
+    """Offset and CRC-32 of each blob by digest."""
 
     def chunks(self, digest: str) -> Iterator[bytes]:
         """A blob's content, chunk by chunk; whoever writes it must do so under a temporary name.
+
+        It is hashed in a thread beside, so that hashing costs no time where the chunks are written meanwhile.
 
         Raises:
             UsageError: ``bundle.no_such_blob``.
@@ -79,16 +100,27 @@ class Bundle:
         ref = next((ref for ref in self.manifest.blobs if ref.digest == digest), None)
         if ref is None:
             raise UsageError("bundle.no_such_blob", f"{self.path.name}: no blob {digest} in this bundle.")
-        state = hashlib.sha256()
-        with self.path.open("rb") as file:
-            file.seek(self._offsets[digest])
+        offset, expected_crc = self._places[digest]
+        sums = _Sums()
+        with self.path.open("rb") as file, ThreadPoolExecutor(1) as beside:
+            file.seek(offset)
+            hashing: deque[Future[None]] = deque()
             for chunk in _read_chunks(file, ref.size_bytes):
-                state.update(chunk)
+                hashing.append(beside.submit(sums.update, chunk))
                 yield chunk
-        if "sha256:" + state.hexdigest() != digest:
+                if len(hashing) > _CHUNKS_AHEAD:
+                    hashing.popleft().result()
+            for task in hashing:
+                task.result()
+        if sums.digest != digest or sums.crc32 != expected_crc:
             raise TrustError(
                 "bundle.digest_mismatch", f"{self.path.name}: {ref.path} changed after it was checked.", hint=_REFETCH
             )
+
+    def check(self, digest: str) -> None:
+        """Hash a blob without keeping it; errors as :meth:`chunks`."""
+        for _ in self.chunks(digest):
+            pass
 
     def blob(self, digest: str) -> bytes:
         """A blob's content; errors as :meth:`chunks`."""
@@ -204,33 +236,37 @@ def _read_record(file: BinaryIO, placed: Placed, name: str) -> bytes:
     return data
 
 
-def _check_blob(file: BinaryIO, placed: Placed, ref: BlobRef, name: str) -> None:
-    """Check 4 for one blob."""
+def _check_size(placed: Placed, ref: BlobRef, name: str) -> None:
+    """Check 4 without the content."""
     if placed.entry.size_bytes != ref.size_bytes:
         raise TrustError(
             "bundle.digest_mismatch",
             f"{name}: {ref.path} has {placed.entry.size_bytes} bytes, the manifest says {ref.size_bytes}.",
             hint=_REFETCH,
         )
+
+
+def _check_blob(file: BinaryIO, placed: Placed, ref: BlobRef, name: str) -> None:
+    """Check 4 for one blob's content."""
     file.seek(placed.data_offset)
-    state, crc32 = hashlib.sha256(), 0
+    sums = _Sums()
     for chunk in _read_chunks(file, ref.size_bytes):
-        state.update(chunk)
-        crc32 = zlib.crc32(chunk, crc32)
-    digest = "sha256:" + state.hexdigest()
-    if digest != ref.digest:
+        sums.update(chunk)
+    if sums.digest != ref.digest:
         raise TrustError(
             "bundle.digest_mismatch",
-            f"{name}: the digest of {ref.path} is sha256:{short(digest)}…, the manifest says sha256:{short(ref.digest)}…; "
+            f"{name}: the digest of {ref.path} is sha256:{short(sums.digest)}…, the manifest says sha256:{short(ref.digest)}…; "
             "the file changed after signing.",
             hint=_REFETCH,
         )
-    if crc32 != placed.entry.crc32:
+    if sums.crc32 != placed.entry.crc32:
         raise _malformed(name, f"the checksum of {ref.path} is wrong")
 
 
-def _check_blobs(file: BinaryIO, layout: Layout, manifest: Manifest, name: str) -> dict[str, int]:
-    """Check 4: offsets of the blobs by digest."""
+def _check_blobs(
+    file: BinaryIO, layout: Layout, manifest: Manifest, name: str, *, is_hashed: bool
+) -> dict[str, tuple[int, int]]:
+    """Check 4: offset and checksum of the blobs by digest."""
     placed_of = {placed.entry.name: placed for placed in layout.placed if placed.entry.name.startswith(BLOB_PREFIX)}
     refs = {blob_name(ref.digest): ref for ref in manifest.blobs}
     missing, extra = sorted(refs.keys() - placed_of.keys()), sorted(placed_of.keys() - refs.keys())
@@ -239,11 +275,13 @@ def _check_blobs(file: BinaryIO, layout: Layout, manifest: Manifest, name: str) 
     if extra:
         raise _malformed(name, f"{extra[0]} is in the file and not in the manifest")
     for blob, ref in refs.items():
-        _check_blob(file, placed_of[blob], ref, name)
-    return {ref.digest: placed_of[blob].data_offset for blob, ref in refs.items()}
+        _check_size(placed_of[blob], ref, name)
+        if is_hashed:
+            _check_blob(file, placed_of[blob], ref, name)
+    return {ref.digest: (placed_of[blob].data_offset, placed_of[blob].entry.crc32) for blob, ref in refs.items()}
 
 
-def _read_bundle(file: BinaryIO, path: Path) -> Bundle:
+def _read_bundle(file: BinaryIO, path: Path, *, is_hashed: bool = True) -> Bundle:
     name = path.name
     layout = _read_layout(file, name)
     by_name = {placed.entry.name: placed for placed in layout.placed}
@@ -268,12 +306,16 @@ def _read_bundle(file: BinaryIO, path: Path) -> Bundle:
         keyids=tuple(signature.keyid for signature in envelope.signatures),
         envelope=envelope,
         is_verified=False,
-        _offsets=_check_blobs(file, layout, manifest, name),
+        _places=_check_blobs(file, layout, manifest, name, is_hashed=is_hashed),
     )
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, is_hashed: bool = True) -> Bundle:
     """Read a bundle and check its structure and digests, checks 1 to 4; who signed it is not looked at.
+
+    Args:
+        path: the bundle.
+        is_hashed: False leaves the blobs' contents to :meth:`Bundle.chunks`, for who copies all of them anyway.
 
     Raises:
         UsageError: ``bundle.not_found``.
@@ -282,7 +324,7 @@ def read_bundle(path: Path) -> Bundle:
     """
     try:
         with path.open("rb") as file:
-            return _read_bundle(file, path)
+            return _read_bundle(file, path, is_hashed=is_hashed)
     except OSError as error:
         raise UsageError("bundle.not_found", f"{path}: cannot read this bundle: {error.strerror}.") from error
     except ArtifactError as error:
@@ -298,13 +340,14 @@ def _refused(error: EdgekitError) -> TrustError:
     return TrustError(error.code, error.message, hint=error.hint)
 
 
-def verify_bundle(path: Path, keys: Iterable[PublicKey], *, threshold: int = 1) -> Bundle:
+def verify_bundle(path: Path, keys: Iterable[PublicKey], *, threshold: int = 1, is_hashed: bool = True) -> Bundle:
     """Read a bundle and check everything, the signature too.
 
     Args:
         path: the bundle.
         keys: publisher keys that are trusted.
         threshold: how many of them must have signed.
+        is_hashed: as for :func:`read_bundle`.
 
     Returns:
         The bundle; its ``keyids`` are those of the trusted keys that signed it.
@@ -313,12 +356,15 @@ def verify_bundle(path: Path, keys: Iterable[PublicKey], *, threshold: int = 1) 
         UsageError: ``bundle.not_found``, or ``bundle.no_keys`` when no trusted key is given.
         TrustError: ``bundle.malformed``, ``bundle.too_large``, ``bundle.digest_mismatch``, ``bundle.unsigned``,
             ``bundle.untrusted_key`` or ``bundle.signature_invalid``.
+        ValueError: a threshold below 1 would accept anybody.
     """
+    if threshold < 1:
+        raise ValueError("threshold must be at least 1")
     trusted = unique_keys(keys)
     if not trusted:
         raise UsageError("bundle.no_keys", f"{path.name}: no publisher key to verify with.", hint="Give --key PUB.")
     try:
-        bundle = read_bundle(path)
+        bundle = read_bundle(path, is_hashed=is_hashed)
     except ArtifactError as error:
         raise _refused(error) from error
     signers = valid_keys(bundle.envelope, trusted)

@@ -17,7 +17,7 @@ from tuf.api.metadata import TargetFile, Targets  # type: ignore[attr-defined]
 from edgekit.bundle.layout import blob_name
 from edgekit.bundle.reader import Bundle, parse_manifest, verify_bundle
 from edgekit.durable import make_folder, write_durably
-from edgekit.errors import ArtifactError, RepositoryError, UsageError
+from edgekit.errors import ArtifactError, RepositoryError, TrustError, UsageError
 from edgekit.repository import audit
 from edgekit.repository.changes import Settled, Workbench
 from edgekit.repository.listing import (
@@ -112,7 +112,7 @@ def publish(
             f"{channel}: is promoted to, not published to; releases enter on {store.config.channels[0]}.",
             hint=f'Publish with --channel {store.config.channels[0]}, then "edgekit repo promote".',
         )
-    bundle = verify_bundle(bundle_path, trusted)
+    bundle = verify_bundle(bundle_path, trusted, is_hashed=False)
     moment = whole_second(now)
     with store.locked():
         store.give(role_keys)
@@ -214,12 +214,25 @@ def add_release(
 
 
 def store_blobs(store: Store, bundle: Bundle) -> None:
-    """Copy a verified bundle's blobs into the repository, each hashed again on the way."""
-    for ref in bundle.manifest.blobs:
-        path = store.folder / blob_name(ref.digest)
-        if path.is_file() and path.stat().st_size == ref.size_bytes and digest_file(path) == ref.digest:
-            continue
-        write_durably(path, bundle.chunks(ref.digest))
+    """Copy a bundle's blobs into the repository; each is hashed on the way, and a damaged one leaves none of them.
+
+    Raises:
+        TrustError: ``bundle.digest_mismatch``.
+    """
+    written: list[Path] = []
+    try:
+        for ref in bundle.manifest.blobs:
+            path = store.folder / blob_name(ref.digest)
+            if path.is_file() and path.stat().st_size == ref.size_bytes and digest_file(path) == ref.digest:
+                bundle.check(ref.digest)
+                continue
+            is_new = not path.exists()
+            write_durably(path, bundle.chunks(ref.digest))
+            written += [path] if is_new else []
+    except TrustError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def find_release(chain: Chain, name: str, version: str, channel: str = "") -> Release:

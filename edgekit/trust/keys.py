@@ -15,13 +15,13 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from edgekit.durable import create_durably
 from edgekit.errors import TrustError, UsageError
 
 KEY_BYTES = 32
@@ -160,30 +160,16 @@ def save_public_key(key: PublicKey, path: Path) -> None:
 
 
 def create_file(path: Path, data: bytes, *, mode: int) -> None:
-    """Create a file with its final mode from the first moment on, durably; never replaces one.
+    """Create a file with its final mode from the first moment on, whole or not at all, durably; never replaces one.
 
     Raises:
         UsageError: ``key.exists`` when the file is there already, ``key.unwritable`` when it cannot be made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        create_durably(path, data, mode=mode)
     except FileExistsError:
         raise UsageError(
             "key.exists", f"{path}: exists already and is not replaced.", hint="Give another name, or move the old key away."
         ) from None
     except OSError as error:
         raise UsageError("key.unwritable", f"{path}: cannot be written: {error.strerror}.") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)  # half a key must not stand in the way of a whole one
-        raise UsageError("key.unwritable", f"{path}: cannot be written: {error.strerror}.") from error
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
