@@ -14,6 +14,7 @@ bundle afterwards.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -280,10 +281,11 @@ def _blob(folder: Path, digest: str) -> Path:
 def _read_json(folder: Path, path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size) if size <= MAX_JSON_BYTES else None
     except OSError as error:
         raise UsageError("oci.not_found", f"{folder}: not an OCI image layout: {path.name}: {error.strerror}.") from error
-    if len(data) > MAX_JSON_BYTES:
+    if data is None:
         raise _malformed(folder, f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
     return data
 

@@ -59,6 +59,10 @@ def run(
     window_s: float | None = typer.Option(None, "--window-s", help="Seconds of one telemetry window.  [default: 60]"),
     threads: int | None = typer.Option(None, "--threads", help="Threads of one inference.  [default: 1]"),
     label: list[str] | None = typer.Option(None, "--label", metavar="NAME=VALUE", help="Label of this device; repeat."),
+    age_identity: Path | None = typer.Option(
+        None, "--age-identity", metavar="FILE", help="Opens sealed releases: a file with age keys, mode 0600."
+    ),
+    metered: bool = typer.Option(False, "--metered", help="Bytes cost money: models are fetched as deltas only."),
     allow_insecure: bool = typer.Option(False, "--allow-insecure", help="Allow plain http and mqtt off loopback."),
 ) -> None:
     """Run the agent in the foreground until SIGTERM or Ctrl-C. It logs key=value on stderr."""
@@ -80,6 +84,8 @@ def run(
         "window_s": window_s,
         "threads": threads,
         "labels": _labels(label),
+        "age_identity": None if age_identity is None else str(age_identity.absolute()),
+        "metered": True if metered else None,
         "allow_insecure": True if allow_insecure else None,
     }
     settings = load_config(config, flags=flags)

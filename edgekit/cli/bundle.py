@@ -121,6 +121,7 @@ def pack(
         )
     candidate, _ = read_candidate(folder)
     signers = [load_signer(path) for path in key]
+    bundle_evidence.check_inputs(card, oms_key)
     if not candidate.verdict.is_budget_met:
         warn(f"{candidate.name} misses its budget: {candidate.verdict.reason}")
     if not data:

@@ -33,6 +33,17 @@ def make_producer_pair(destination: Path) -> None:
     note(f"{private}: private key, for pack --oms-key; {public}: public key, for verify --oms-key and for model_signing")
 
 
+def check_inputs(card: Path | None, oms_key: Path | None) -> None:
+    """Refuse files that cannot be used before the work begins."""
+    from edgekit.bundle.provenance.intent import load_intent
+    from edgekit.bundle.provenance.producer_key import load_producer_key
+
+    if card is not None:
+        load_intent(card)
+    if oms_key is not None:
+        load_producer_key(oms_key)
+
+
 def add_evidence(draft: Draft, *, card: Path | None, data: LabelledSamples | None, open_session: SessionOpener) -> Draft:
     """The draft with provenance, bill of materials and model card."""
     from edgekit.bundle.provenance.attach import attach_evidence

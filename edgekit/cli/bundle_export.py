@@ -12,7 +12,6 @@ from edgekit.cli.console import format_bytes, note, out
 from edgekit.errors import UsageError
 from edgekit.schema.digest import short
 
-
 if TYPE_CHECKING:
     from edgekit.bundle.reader import Bundle
     from edgekit.bundle.writer import Draft

@@ -111,6 +111,7 @@ def test_release_for_others_refused_until_the_key_is_there(world, make_agent, de
     publish_sealed(world, "2.0", [device.recipient], seed=2)
     found = agent.wait_status(lambda body: body["state"]["refusals"], what="the refusal")
     assert found["state"]["refusals"][0]["code"] == "device.sealed_not_recipient"
+    assert not agent.logged("phase=stage release=m@2.0")  # refused before anything was downloaded
     assert agent.served() == "1.0"
     assert_nothing_sealed_left(agent)
     agent.stop()

@@ -195,9 +195,12 @@ def test_disk_that_refuses_is_named_and_leaves_nothing(tmp_path, signer, device)
     try:
         with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is looked at
             open_sealed(part, tmp_path / "out", ref, device.load())
+        less = msgspec.structs.replace(ref, sealed=msgspec.structs.replace(ref.sealed, size_bytes=100))
+        longer = refusal(open_sealed, part, tmp_path / "out", less, device.load())  # stopped before the disk refuses
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG
+    assert longer.code == "bundle.sealed_damaged"
     assert not (tmp_path / "out").exists()
 
 

@@ -33,12 +33,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import edgekit
 
-MAX_STATES = 1 << 10
-"""Of one moment; where there are more, the telling ones and as many drawn ones as below are taken."""
-DRAWN_STATES = 96
+ALL_STATES = 1 << 10
+"""Of one moment; where there are more, the telling ones and a tenth as many drawn ones are taken."""
+SOME_STATES = 1 << 6
+"""The same where one fsync is forgotten: to find out that it is needed takes one state."""
 ROOT = 0
 _SOURCE = Path(edgekit.__file__).parent
 _DURABLE = _SOURCE / "durable.py"
@@ -157,7 +159,7 @@ class Recorder:
             self._catch_up()
             self._log(Promise(value))
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         for name in _CHANGERS:
             setattr(os, name, self._changer(name))
         os.open = self._open
@@ -233,7 +235,7 @@ class Recorder:
     def _read(self, entry: os.DirEntry, status: os.stat_result, inode: int) -> Content:
         self.trace.modes[inode] = stat.S_IMODE(status.st_mode)
         if stat.S_ISLNK(status.st_mode):
-            self.trace.links[inode] = os.readlink(entry.path)
+            self.trace.links[inode] = str(Path(entry.path).readlink())
             return self.trace.links[inode]
         if stat.S_ISREG(status.st_mode):
             return Path(entry.path).read_bytes()
@@ -349,12 +351,12 @@ class Disk:
             _change(self._names, self._pending[number])
         self._pending = [step for number, step in enumerate(self._pending) if number not in taken]
 
-    def states(self, *, seed: int = 0) -> Iterator[State]:
+    def states(self, *, limit: int, seed: int) -> Iterator[State]:
         """Every state that a power cut may leave now, those first in which the least got lost."""
         dirty = list(self._versions)
         options = {inode: _options(self._durable(inode), self._versions[inode]) for inode in dirty}
         sizes = [2] * len(self._pending) + [len(options[inode]) for inode in dirty]
-        for choice in _choices(sizes, seed):
+        for choice in _choices(sizes, limit, seed):
             names = dict(self._names)
             for step, lost in zip(self._pending, choice, strict=False):
                 if not lost:
@@ -399,13 +401,20 @@ def _change(names: dict[tuple[int, str], int], step: Names) -> None:
 def _options(durable: bytes, versions: list[bytes]) -> list[bytes]:
     """What a file may hold of which the last version was not fsynced, all of it first."""
     new = versions[-1]
-    kept = len(os.path.commonprefix([durable, *versions]))
+    kept = min(_shared_bytes(durable, version) for version in versions)
     middle = (kept + len(new)) // 2
     torn = [new[:middle], new[:middle] + bytes(len(new) - middle), new[:kept]]
     return list(dict.fromkeys([new, *torn, durable, *versions[:-1]]))
 
 
-def _choices(sizes: list[int], seed: int) -> Iterator[tuple[int, ...]]:
+def _shared_bytes(one: bytes, other: bytes) -> int:
+    """How many bytes at the beginning are the same."""
+    if other.startswith(one) or one.startswith(other):
+        return min(len(one), len(other))
+    return next(place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+
+
+def _choices(sizes: list[int], limit: int, seed: int) -> Iterator[tuple[int, ...]]:
     """For each thing that is not durable the number of what became of it; 0 is that nothing of it got lost."""
     told: set[tuple[int, ...]] = set()
 
@@ -422,12 +431,12 @@ def _choices(sizes: list[int], seed: int) -> Iterator[tuple[int, ...]]:
     for place in range(len(sizes)):
         yield from tell((*nothing[:place], 0, *nothing[place + 1 :]))
     yield from tell(nothing)
-    if math.prod(sizes) <= MAX_STATES:
+    if math.prod(sizes) <= limit:
         for choice in itertools.product(*(range(size) for size in sizes)):
             yield from tell(choice)
         return
     draw = random.Random(seed)
-    for _ in range(DRAWN_STATES):
+    for _ in range(limit // 10):
         yield from tell(tuple(draw.randrange(size) for size in sizes))
 
 
@@ -466,11 +475,12 @@ class Explorer:
     def violations(self, *, without: Site | None = None) -> Iterator[Violation]:
         """Go through the states, as if one fsync had been forgotten."""
         disk, promised = Disk(self.trace), self.trace.promised
+        limit = ALL_STATES if without is None else SOME_STATES
         for moment, event in enumerate([*self.trace.events, None]):
             if isinstance(event, Sync) and event.site == without:
                 continue
             if event is None or isinstance(event, Sync | Promise):
-                for state in disk.states(seed=moment):
+                for state in disk.states(limit=limit, seed=moment):
                     if reason := self._verdict(state, promised):
                         yield Violation(moment, reason)
             if isinstance(event, Promise):

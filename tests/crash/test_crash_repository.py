@@ -46,7 +46,9 @@ class Office:
         self.publisher = folder / "publisher.pub"
         save_public_key(self.signer.public_key, self.publisher)
         self.bundles = {
-            version: tiny_bundle(folder / f"{version}.edgekit", self.signer, version=version, model=f"model {version}".encode() * 9)
+            version: tiny_bundle(
+                folder / f"{version}.edgekit", self.signer, version=version, model=f"model {version}".encode() * 9
+            )
             for version in ("1.0", "2.0", "3.0")
         }
         self._numbers = itertools.count()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from edgekit.durable import make_folder, write_durably
+from edgekit.durable import create_durably, make_folder, write_durably
 
 
 @pytest.fixture
@@ -54,3 +55,27 @@ def test_failing_content_leaves_the_old_file_and_nothing_else(tmp_path):
         write_durably(tmp_path / "a", broken())
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_new_file_is_durable_before_it_has_its_name(tmp_path, events):
+    create_durably(tmp_path / "k" / "a.pem", b"key", mode=0o600)
+    assert events == [f"sync {tmp_path.name}", "sync new file", "sync k"]
+    assert (tmp_path / "k" / "a.pem").read_bytes() == b"key"
+    assert stat.S_IMODE((tmp_path / "k" / "a.pem").stat().st_mode) == 0o600
+    assert [p.name for p in (tmp_path / "k").iterdir()] == ["a.pem"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_new_file_never_replaces_one(tmp_path, monkeypatch, has_links):
+    def refuse(*_args, **_named):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    create_durably(tmp_path / "a", b"old")
+    (tmp_path / "b").symlink_to("nowhere")
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError):
+            create_durably(tmp_path / name, b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]

@@ -448,13 +448,10 @@ def _settings(settings: dict[str, Scalar]) -> str:
 
 
 def _evidence(facts: ReleaseFacts, evidence: Iterable[BlobRef]) -> tuple[Block, ...]:
-    rows = [(each.model.path, "model", size_text(each.model.size_bytes), hex_of(each.model.digest)) for each in facts.variants]
-    rows += [
-        (ref.path, ref.role, size_text(ref.size_bytes), hex_of(ref.digest))
-        for ref in (*(ref for ref in facts.contents if ref.role != "model"), *evidence)
-    ]
+    refs = (*facts.contents, *evidence)
+    rows = tuple((f"{ref.path} ({ref.role}, {size_text(ref.size_bytes)})", ref.digest) for ref in refs)
     note = (
         "All of it is in the bundle, below one signed manifest. Check it with “edgekit bundle verify FILE --key PUB”; "
         "“edgekit bundle unpack FILE DIR” gives the files."
     )
-    return Table(headers=("file", "role", "size", "sha256"), rows=tuple(rows), right=(2,)), Note(note)
+    return Fields(rows), Note(note)

@@ -143,8 +143,8 @@ def class_recalls(facts: ReleaseFacts, each: VariantFacts) -> tuple[ClassRecall,
     evaluation = each.candidate.evaluation
     if evaluation is None:
         return ()
-    counts = _class_counts(facts, evaluation)
-    places = {name: index for index, name in enumerate(facts.manifest.contract.labels)}
+    counts = _class_counts(facts, each.candidate.contract.labels, evaluation)
+    places = {name: index for index, name in enumerate(each.candidate.contract.labels)}
     names = sorted(
         evaluation.per_class, key=lambda name: (places.get(name, len(places)), len(name) if name.isdigit() else 0, name)
     )
@@ -156,12 +156,12 @@ def class_recalls(facts: ReleaseFacts, each: VariantFacts) -> tuple[ClassRecall,
     return tuple(found)
 
 
-def _class_counts(facts: ReleaseFacts, evaluation: EvalReport) -> dict[str, int]:
+def _class_counts(facts: ReleaseFacts, labels: tuple[str, ...], evaluation: EvalReport) -> dict[str, int]:
     """Samples by class; empty where they are not known."""
     measured = facts.reliability
     if not isinstance(measured, Reliability) or measured.data != evaluation.data or measured.samples != measured.of:
         return {}
-    total, labels = len(measured.class_counts), facts.manifest.contract.labels
+    total = len(measured.class_counts)
     names = labels if len(labels) == total else tuple(str(index) for index in range(total))
     found = {name: count for name, count in zip(names, measured.class_counts, strict=True) if count}
     return found if found.keys() == evaluation.per_class.keys() else {}
