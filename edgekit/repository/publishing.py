@@ -15,6 +15,7 @@ import msgspec
 from tuf.api.metadata import TargetFile, Targets  # type: ignore[attr-defined]
 
 from edgekit.bundle.layout import blob_name
+from edgekit.bundle.provenance.check import check_evidence
 from edgekit.bundle.reader import Bundle, parse_manifest, verify_bundle
 from edgekit.durable import make_folder, write_durably
 from edgekit.errors import ArtifactError, RepositoryError, TrustError, UsageError
@@ -92,7 +93,7 @@ def publish(
         are elsewhere it is not visible yet: ``repository_status`` says whose signatures are waited for.
 
     Raises:
-        TrustError: the bundle was refused (see ``verify_bundle``), or ``repository.foreign_metadata``.
+        TrustError: the bundle was refused (see ``verify_bundle`` and ``check_evidence``), or ``repository.foreign_metadata``.
         RepositoryError: ``repository.version_exists``, ``repository.locked``, ``repository.not_found``, ``repository.damaged``,
             ``repository.recalled``.
         UsageError: ``repository.channel``, ``repository.gated`` or ``repository.no_publisher``.
@@ -113,6 +114,7 @@ def publish(
             hint=f'Publish with --channel {store.config.channels[0]}, then "edgekit repo promote".',
         )
     bundle = verify_bundle(bundle_path, trusted, is_hashed=False)
+    check_evidence(bundle)
     moment = whole_second(now)
     with store.locked():
         store.give(role_keys)

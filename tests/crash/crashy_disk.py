@@ -19,6 +19,7 @@ program in which that fsync was forgotten.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import functools
 import itertools
@@ -30,7 +31,7 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -324,6 +325,13 @@ class Disk:
         self._pending: list[Names] = []
         self._versions: dict[int, list[bytes]] = {}
 
+    def copy(self) -> Disk:
+        """The disk as it is now."""
+        other = copy.copy(self)
+        other._names, other._contents, other._pending = dict(self._names), dict(self._contents), list(self._pending)
+        other._versions = {inode: list(versions) for inode, versions in self._versions.items()}
+        return other
+
     def apply(self, event: Event) -> None:
         """One event more."""
         match event:
@@ -473,20 +481,27 @@ class Explorer:
         return len(self._verdicts)
 
     def violations(self, *, without: Site | None = None) -> Iterator[Violation]:
-        """Go through the states, as if one fsync had been forgotten."""
-        disk, promised = Disk(self.trace), self.trace.promised
+        """Go through the states, as if one fsync had been forgotten; then from the end on, where it is missed most."""
         limit = ALL_STATES if without is None else SOME_STATES
-        for moment, event in enumerate([*self.trace.events, None]):
+        moments = self._moments(without)
+        for number, disk, promised in moments if without is None else reversed(list(moments)):
+            for state in disk.states(limit=limit, seed=number):
+                if reason := self._verdict(state, promised):
+                    yield Violation(number, reason)
+
+    def _moments(self, without: Site | None) -> Iterator[tuple[int, Disk, object]]:
+        """When the power may be cut: the number of the event that does not happen any more, the disk, what was promised."""
+        disk, promised = Disk(self.trace), self.trace.promised
+        for number, event in enumerate(self.trace.events):
             if isinstance(event, Sync) and event.site == without:
                 continue
-            if event is None or isinstance(event, Sync | Promise):
-                for state in disk.states(limit=limit, seed=moment):
-                    if reason := self._verdict(state, promised):
-                        yield Violation(moment, reason)
+            if isinstance(event, Sync | Promise):
+                yield number, disk.copy(), promised
             if isinstance(event, Promise):
                 promised = event.value
-            elif event is not None:
+            else:
                 disk.apply(event)
+        yield len(self.trace.events), disk, promised
 
     def _verdict(self, state: State, promised: object) -> str:
         if promised not in self._promises:
@@ -519,11 +534,21 @@ def no_fsync() -> Iterator[None]:
         os.fsync, os.fdatasync = _real["fsync"], _real["fdatasync"]
 
 
-def survivors(explorers: list[Explorer]) -> dict[str, Site]:
-    """The fsyncs that can be forgotten without a violation in any of the traces, by label."""
+def survivors(explorers: list[Explorer], *, redundant: Collection[str] = ()) -> dict[str, Site]:
+    """The fsyncs that can be forgotten without a violation in any of the traces, by label.
+
+    Args:
+        explorers: of the traces, the cheapest first.
+        redundant: labels of those that are not tried.
+
+    Raises:
+        AssertionError: a label that no trace has.
+    """
     sites = {site.label: site for explorer in explorers for site in explorer.trace.sites}
+    assert not (unknown := set(redundant) - sites.keys()), f"not called any more: {unknown}"
+    left = {label: site for label, site in sites.items() if label not in redundant}
     for explorer in explorers:
         for site in explorer.trace.sites:
-            if site.label in sites and any(explorer.violations(without=site)):
-                del sites[site.label]
-    return sites
+            if site.label in left and any(explorer.violations(without=site)):
+                del left[site.label]
+    return left

@@ -12,6 +12,7 @@ import pytest
 
 from edgekit.repository import audit
 from edgekit.repository.ceremony import init_repository, refresh_repository, rotate
+from edgekit.repository.changes import Workbench
 from edgekit.repository.publishing import add_publisher, check_repository, publish
 from edgekit.repository.server import RepositoryServer
 from edgekit.repository.store import Store
@@ -58,7 +59,8 @@ class Office:
         self.server.__enter__()
 
     def init(self, work: Path) -> None:
-        init_repository(work / "repo", keys_dir=work / "keys", now=NOW)
+        (work / "safe").mkdir(exist_ok=True)
+        init_repository(work / "repo", keys_dir=work / "safe" / "keys", now=NOW)
 
     def publish(self, work: Path, version: str, *, now: datetime = LATER) -> None:
         publish(work / "repo", self.bundles[version], keys=[self.signer.public_key], now=now)
@@ -107,20 +109,20 @@ def published(office):
 def explore_init(office, _published, folder):
     """Until init returned it may be called again; then there is a repository."""
     work = folder / "work"
-    work.mkdir()
+    (work / "safe").mkdir(parents=True)
     with Recorder(work, promised=False) as recorder:
         office.init(work)
         recorder.promise(True)
 
     def check(work, is_done):
-        for path in (work / "keys").glob("*.pem"):
+        for path in (work / "safe" / "keys").glob("*.pem"):
             load_signer(path)
         if is_done:
             assert office.look(work).releases == frozenset()
         if not (work / "repo" / "repository.json").exists():
             assert not is_done, "the repository is gone"
             office.init(work)
-        assert (work / "keys" / "root.json").read_bytes() == (work / "repo" / "metadata" / "1.root.json").read_bytes()
+        assert (work / "safe" / "keys" / "root.json").read_bytes() == (work / "repo" / "metadata" / "1.root.json").read_bytes()
         office.publish(work, "1.0")
         assert office.look(work).releases == {"1.0"}
         assert check_repository(work / "repo") == ()
@@ -172,6 +174,22 @@ def explore_publish(office, published, folder):
         office.publish(work, "2.0")
         recorder.promise(office.look(work, published[1]))
     return Explorer("publish", recorder.trace, checker(office, {"1.0", "2.0"}), folder)
+
+
+def explore_publish_without_a_log(office, published, folder):
+    """A repository that was made before there was an audit log."""
+    work = Path(shutil.copytree(published[0], folder / "work"))
+    store = Store.open(work / "repo")
+    with store.locked():
+        bench = Workbench.open(store, now=NOW)
+        bench.chain.snapshot.unrecognized_fields.clear()
+        bench.settle(is_refresh=True)
+    (work / "repo" / audit.AUDIT_FILE).unlink()
+    seen = office.look(work, published[1])
+    with Recorder(work, promised=seen) as recorder:
+        office.publish(work, "2.0")
+        recorder.promise(office.look(work, seen))
+    return Explorer("publish without a log", recorder.trace, checker(office, {"1.0", "2.0"}), folder)
 
 
 def explore_refresh(office, published, folder):
