@@ -1,0 +1,215 @@
+"""The delta file, format ``tsub1``: which bytes come from where.
+
+    "EKDELTA1"  u32 size of the header  header  side  tables  residuals (blocks)  planes  literals
+
+All but the first two and the blocks are packed with LZMA. The target is written from its first byte to its last by the regions
+of the header, in order. A region is a copy from the base, a literal, a part of ``side``, or tensor data that is predicted from
+the base and corrected by residuals. Numbers are little-endian. Everything that is read is bounded before it is allocated, and
+the header must be in its one canonical form.
+"""
+
+from __future__ import annotations
+
+import lzma
+import struct
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from edgekit.errors import ArtifactError
+
+MAGIC = b"EKDELTA1"
+PREFIX = struct.Struct("<8sI")
+MAX_PACKED_HEADER_BYTES = 4 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_SIDE_BYTES = 8 << 20
+MAX_REGIONS = 200_000
+MAX_SIZE = 1 << 40
+DIGEST_BYTES = 32
+_HINT = "It was damaged, or not made by edgekit; the whole file is fetched."
+FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
+
+
+class Kind(IntEnum):
+    """What a region is."""
+
+    COPY = 0
+    LITERAL = 1
+    SIDE = 2
+    SUBTRACT = 3
+    """Bytes: old + residual, modulo 256."""
+    RESCALE = 4
+    """Bytes of a quantized weight: old, brought to the new scale, + residual, modulo 256."""
+    WIDE = 5
+    """Little-endian integers of 2 or 4 bytes (floats by their bits): old + difference, the bytes of which lie in planes."""
+    PRODUCT = 6
+    """float32 scales of a bias: those of its weight, in the side bytes, times the scale of the activation."""
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """One region of the target.
+
+    ``offset`` is in the base for COPY, SUBTRACT, RESCALE and WIDE, in the side bytes for SIDE. ``width`` is WIDE's. A tensor's
+    bytes are [outer, channels, inner]; ``classes`` names the table of each channel, by its place in the header's list.
+    RESCALE: ``old_scales`` in the base and ``new_scales`` in the side are float32, one for each channel or one for all;
+    ``is_signed`` and ``zero_point`` (old and new the same) say what the bytes mean. PRODUCT: ``offset`` is the factor's bits.
+    """
+
+    kind: int
+    length: int
+    offset: int = 0
+    width: int = 1
+    channels: int = 1
+    inner: int = 1
+    classes: int = 0
+    old_scales: int = 0
+    new_scales: int = 0
+    scales: int = 1
+    is_signed: bool = True
+    zero_point: int = 0
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True):
+    """The table of contents. Sizes are of the packed parts, in the order in which they follow."""
+
+    base: bytes
+    base_size: int
+    target: bytes
+    target_size: int
+    regions: list[Region]
+    classes: bytes
+    side_size: int
+    tables_size: int
+    blocks: list[int]
+    """Sizes of the residuals' blocks."""
+    planes_size: int
+    literals_size: int
+
+
+def pack(data: bytes) -> bytes:
+    """LZMA without container; nothing stays nothing."""
+    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=FILTERS) if data else b""
+
+
+def unpack(data: bytes, limit: int) -> bytes:
+    """The opposite of :func:`pack`.
+
+    Raises:
+        ArtifactError: ``delta.malformed`` when it is damaged or longer than ``limit``.
+    """
+    if not data:
+        return b""
+    try:
+        decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=FILTERS)
+        found = decompressor.decompress(data, limit + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise malformed(f"its packed data is damaged: {error}") from error
+    if len(found) > limit or not decompressor.eof or decompressor.unused_data:
+        raise malformed("its packed data is longer than it may be")
+    return found
+
+
+def malformed(why: str) -> ArtifactError:
+    """A delta that cannot be used."""
+    return ArtifactError(
+        "delta.malformed", f"delta: {why}.", hint="It was damaged, or not made by edgekit; the whole file is fetched."
+    )
+
+
+def encode_header(header: Header) -> bytes:
+    """The beginning of a delta file."""
+    packed = pack(msgspec.msgpack.encode(header))
+    return PREFIX.pack(MAGIC, len(packed)) + packed
+
+
+def packed_header_size(prefix: bytes) -> int:
+    """How long the packed header is that follows the prefix.
+
+    Raises:
+        ArtifactError: ``delta.malformed``.
+    """
+    if len(prefix) != PREFIX.size:
+        raise malformed("it is too short")
+    magic, size = PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise malformed("it does not begin like one")
+    if not 0 < size <= MAX_PACKED_HEADER_BYTES:
+        raise malformed("its header is too long")
+    return int(size)
+
+
+def parse_header(data: bytes) -> tuple[Header, int]:
+    """Read the header at the beginning of a delta.
+
+    Args:
+        data: at least the prefix and the header.
+
+    Returns:
+        The header, and where it ends.
+
+    Raises:
+        ArtifactError: ``delta.malformed``.
+    """
+    size = packed_header_size(data[: PREFIX.size])
+    end = PREFIX.size + size
+    if len(data) < end:
+        raise malformed("its header is cut off")
+    raw = unpack(bytes(data[PREFIX.size : end]), MAX_HEADER_BYTES)
+    try:
+        header = msgspec.msgpack.decode(raw, type=Header)
+        is_canonical = msgspec.msgpack.encode(header) == raw
+    except (msgspec.DecodeError, msgspec.EncodeError, RecursionError, OverflowError) as error:
+        raise malformed(f"its header cannot be read: {error}") from error
+    if not is_canonical:
+        raise malformed("its header is not canonical")
+    _check(header)
+    return header, end
+
+
+def _check(header: Header) -> None:
+    if len(header.base) != DIGEST_BYTES or len(header.target) != DIGEST_BYTES:
+        raise malformed("its digests have a wrong length")
+    sizes = (
+        header.base_size,
+        header.target_size,
+        header.side_size,
+        header.tables_size,
+        header.planes_size,
+        header.literals_size,
+    )
+    if any(not 0 <= size <= MAX_SIZE for size in (*sizes, *header.blocks)):
+        raise malformed("a size in it is out of bounds")
+    if len(header.regions) > MAX_REGIONS or len(header.blocks) > MAX_REGIONS or header.side_size > MAX_SIDE_BYTES:
+        raise malformed("it has too many parts")
+    total = 0
+    for region in header.regions:
+        _check_region(region, header)
+        total += region.length
+    if total != header.target_size:
+        raise malformed("its regions do not make the target")
+
+
+def _check_region(region: Region, header: Header) -> None:
+    numbers = (region.offset, region.classes, region.old_scales, region.new_scales, region.scales)
+    if region.length <= 0 or any(not 0 <= number <= MAX_SIZE for number in (*numbers, region.length)):
+        raise malformed("a region is out of bounds")
+    if region.kind not in set(Kind):
+        raise malformed("a region is of no known kind")
+    if region.kind in {Kind.COPY, Kind.SUBTRACT, Kind.RESCALE, Kind.WIDE} and region.offset + region.length > header.base_size:
+        raise malformed("a region lies outside the base")
+    if region.kind == Kind.PRODUCT and (region.offset >= 1 << 32 or region.length != 4 * region.scales):
+        raise malformed("a product does not fit")
+    if region.kind == Kind.WIDE and (region.width not in {2, 4} or region.length % region.width):
+        raise malformed("a region has a wrong width")
+    if region.kind in {Kind.SUBTRACT, Kind.RESCALE}:
+        per = region.channels * region.inner
+        if not 0 < region.channels <= region.length or not 0 < region.inner <= region.length or region.length % per:
+            raise malformed("a tensor's shape does not fit its size")
+        if region.classes + region.channels > len(header.classes):
+            raise malformed("a tensor has no classes")
+    if region.kind == Kind.RESCALE:
+        if region.scales not in {1, region.channels} or not -128 <= region.zero_point <= 255:
+            raise malformed("a tensor's scales do not fit")
+        if region.old_scales + 4 * region.scales > header.base_size:
+            raise malformed("a tensor's scales lie outside the base")

@@ -1,0 +1,415 @@
+"""Make a delta between two model files: tensors by name, subtracted; the rest copied or literal; and hdiffpatch as a rival.
+
+The smaller of ``tsub1`` and ``hdiff`` is kept, and none when it is not below 0.7 times the file itself: that is what a device
+would download instead. Reasons and measurements: docs/deltas.md.
+
+    >>> made = make_delta(Path("old.onnx"), Path("new.onnx"))  # doctest: +SKIP
+    >>> made.codec, len(made.content)                           # doctest: +SKIP
+    ('tsub1', 31877)
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.bundle.delta.apply import save_tables
+from edgekit.bundle.delta.layout import MAX_SIDE_BYTES, Header, Kind, Region, encode_header, pack
+from edgekit.bundle.delta.predict import channel_of, multiply, rescale
+from edgekit.bundle.delta.rans import BLOCK_BYTES, Tables, cost_bits, encode_block, make_tables
+from edgekit.bundle.delta.tensors import FLOAT, INT8, UINT8, Tensor, find_tensors
+from edgekit.schema.digest import digest_bytes, hex_of
+from edgekit.schema.release import DeltaCodec
+
+WORTH_SHARE = 0.7
+_TABLE_COUNTS = (1, 2, 4, 8, 16, 32)
+_ROUNDS = 6
+_ANCHOR = 24
+"""Bytes that must be equal for a copy within what is no tensor."""
+_MAX_ANCHORED_BYTES = 8 << 20
+_MAX_PRODUCT, _MAX_SCALARS = 1 << 16, 4096
+_RIVAL_BYTES = 128 << 20
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class MadeDelta:
+    """A delta that is worth its bytes."""
+
+    codec: DeltaCodec
+    content: bytes
+
+
+def make_delta(base: Path, target: Path, *, codecs: Sequence[DeltaCodec] = ("tsub1", "hdiff")) -> MadeDelta | None:
+    """The smallest delta from one file to another; None when the whole file is not much larger.
+
+    Args:
+        base: the file that devices have.
+        target: the file that they shall have.
+        codecs: which to try; hdiff is left out where hdiffpatch is not installed.
+    """
+    old, new = base.read_bytes(), target.read_bytes()
+    tried: list[MadeDelta] = []
+    if "tsub1" in codecs:
+        tried.append(MadeDelta("tsub1", subtract(old, new)))
+    if "hdiff" in codecs and max(len(old), len(new)) <= _RIVAL_BYTES:
+        rival = _hdiff(old, new)
+        tried += [MadeDelta("hdiff", rival)] if rival is not None else []
+    best = min(tried, key=lambda made: len(made.content), default=None)
+    return best if best is not None and len(best.content) < WORTH_SHARE * len(new) else None
+
+
+def _hdiff(old: bytes, new: bytes) -> bytes | None:
+    try:
+        hdiffpatch = importlib.import_module("hdiffpatch")
+    except ImportError:
+        return None
+    made: bytes = hdiffpatch.diff(old, new, compression="lzma2")
+    return made
+
+
+# --- tsub1
+
+
+@dataclass
+class _Plan:
+    """What is gathered for a delta."""
+
+    regions: list[Region] = field(default_factory=list)
+    side: bytearray = field(default_factory=bytearray)
+    literals: list[bytes] = field(default_factory=list)
+    planes: list[bytes] = field(default_factory=list)
+    residuals: list[Bytes] = field(default_factory=list)
+    groups: list[tuple[int, int]] = field(default_factory=list)
+    """Channels and inner size of each residual."""
+
+    def copy(self, length: int, offset: int) -> None:
+        last = self.regions[-1] if self.regions else None
+        if last is not None and last.kind == Kind.COPY and last.offset + last.length == offset:
+            self.regions[-1] = Region(Kind.COPY, last.length + length, last.offset)
+        elif length:
+            self.regions.append(Region(Kind.COPY, length, offset))
+
+    def literal(self, data: bytes) -> None:
+        if not data:
+            return
+        self.literals.append(data)
+        last = self.regions[-1] if self.regions else None
+        if last is not None and last.kind == Kind.LITERAL:
+            self.regions[-1] = Region(Kind.LITERAL, last.length + len(data))
+        else:
+            self.regions.append(Region(Kind.LITERAL, len(data)))
+
+
+def subtract(old: bytes, new: bytes) -> bytes:
+    """A ``tsub1`` delta."""
+    plan = _Plan()
+    if old == new:
+        plan.copy(len(new), 0)
+    else:
+        _Planner(plan, old, new).run()
+    return _encode(plan, old, new)
+
+
+class _Planner:
+    """Two files, and what is known of their tensors."""
+
+    def __init__(self, plan: _Plan, old: bytes, new: bytes) -> None:
+        self._plan, self._old, self._new = plan, old, new
+        self._before, self._after = find_tensors(old), find_tensors(new)
+        self._between = _Between(old, self._before)
+        self._side_of = self._gather_scales()
+        scalars = [tensor for tensor in self._after.values() if tensor.kind == FLOAT and math.prod(tensor.shape) == 1]
+        self._scalars = sorted({int.from_bytes(_bytes_of(new, tensor), "little") for tensor in scalars})[:_MAX_SCALARS]
+
+    def run(self) -> None:
+        """Plan the whole target."""
+        at = 0
+        for tensor in sorted(self._after.values(), key=lambda tensor: tensor.offset):
+            self._between.plan(self._plan, self._new[at : tensor.offset], at)
+            at = tensor.offset + tensor.size_bytes
+            self._plan_tensor(self._before.get(tensor.name), tensor)
+        self._between.plan(self._plan, self._new[at:], at)
+
+    def _gather_scales(self) -> dict[str, int]:
+        """New scales of weights that will be predicted: needed before the weights, wherever they lie in the file."""
+        found: dict[str, int] = {}
+        side = self._plan.side
+        for tensor in sorted(self._after.values(), key=lambda tensor: tensor.offset):
+            scale, twin = self._after.get(tensor.scale), self._before.get(tensor.name)
+            old_scale = self._before.get(twin.scale) if twin else None
+            if scale is None or twin is None or old_scale is None or scale.name in found:
+                continue
+            if old_scale.shape != scale.shape or twin.shape != tensor.shape or len(side) + scale.size_bytes > MAX_SIDE_BYTES:
+                continue
+            data = _bytes_of(self._new, scale)
+            if data != _bytes_of(self._old, old_scale):
+                found[scale.name] = len(side)
+                side += data
+        return found
+
+    def _plan_tensor(self, twin: Tensor | None, tensor: Tensor) -> None:
+        data = _bytes_of(self._new, tensor)
+        if tensor.name in self._side_of:
+            self._plan.regions.append(Region(Kind.SIDE, len(data), self._side_of[tensor.name]))
+            return
+        if twin is None or (twin.kind, twin.shape) != (tensor.kind, tensor.shape):
+            self._between.plan(self._plan, data, tensor.offset)
+            return
+        base = _bytes_of(self._old, twin)
+        if base == data:
+            self._plan.copy(len(data), twin.offset)
+        elif (product := self._find_product(tensor, data)) is not None:
+            self._plan.regions.append(product)
+        elif tensor.kind in {INT8, UINT8}:
+            self._plan_quantized(base, data, twin, tensor)
+        elif tensor.item_bytes in {2, 4}:
+            _plan_wide(self._plan, base, data, twin.offset, tensor.item_bytes)
+        else:
+            _plan_bytes(self._plan, base, data, twin.offset, (1, len(data)))
+
+    def _find_product(self, tensor: Tensor, data: bytes) -> Region | None:
+        """A bias's scales are its weight's times the activation's: nothing of them needs to travel but the factor."""
+        count = math.prod(tensor.shape)
+        if tensor.kind != FLOAT or not 1 < count <= _MAX_PRODUCT:
+            return None
+        for name, begin in self._side_of.items():
+            if math.prod(self._after[name].shape) != count:
+                continue
+            scales = np.frombuffer(bytes(self._plan.side[begin : begin + 4 * count]), "<f4")
+            for factor in self._scalars:
+                if multiply(scales, factor) == data:
+                    return Region(kind=Kind.PRODUCT, length=len(data), offset=factor, new_scales=begin, scales=count)
+        return None
+
+    def _plan_quantized(self, base: bytes, data: bytes, twin: Tensor, tensor: Tensor) -> None:
+        axis = max(tensor.axis, 0)
+        channels = tensor.shape[axis] if tensor.shape else 1
+        group = (channels, math.prod(tensor.shape[axis + 1 :]) if tensor.shape else 1)
+        if tensor.scale not in self._side_of:
+            _plan_bytes(self._plan, base, data, twin.offset, group)
+            return
+        old_scale = self._before[twin.scale]
+        count, begin = math.prod(old_scale.shape), self._side_of[tensor.scale]
+        region = Region(
+            kind=Kind.RESCALE,
+            length=len(data),
+            offset=twin.offset,
+            channels=channels,
+            inner=group[1],
+            old_scales=old_scale.offset,
+            new_scales=begin,
+            scales=count,
+            is_signed=tensor.kind == INT8,
+            zero_point=_zero_point(self._old, self._before.get(twin.zero_point)),
+        )
+        values, wanted = np.frombuffer(base, np.uint8), np.frombuffer(data, np.uint8)
+        residual = wanted - self._predict(region, values)
+        if _cost(wanted - values) <= _cost(residual):
+            _plan_bytes(self._plan, base, data, twin.offset, group)
+            return
+        self._plan.regions.append(region)
+        self._plan.residuals.append(residual)
+        self._plan.groups.append(group)
+
+    def _predict(self, region: Region, values: Bytes) -> Bytes:
+        count = region.scales
+        side = bytes(self._plan.side[region.new_scales : region.new_scales + 4 * count])
+        new_scales, old_scales = np.frombuffer(side, "<f4"), np.frombuffer(self._old, "<f4", count, region.old_scales)
+        channel = channel_of(0, len(values), channels=region.channels, inner=region.inner) * (count > 1)
+        return rescale(
+            values, old_scales[channel], new_scales[channel], is_signed=region.is_signed, zero_point=region.zero_point
+        )
+
+
+def _bytes_of(data: bytes, tensor: Tensor) -> bytes:
+    return data[tensor.offset : tensor.offset + tensor.size_bytes]
+
+
+def _plan_wide(plan: _Plan, base: bytes, data: bytes, offset: int, width: int) -> None:
+    kind = np.dtype(f"<u{width}")
+    difference = np.frombuffer(data, kind) - np.frombuffer(base, kind)
+    step = (1 << 18) * width
+    raw = difference.astype(kind).tobytes()
+    for start in range(0, len(raw), step):
+        piece = np.frombuffer(raw[start : start + step], np.uint8).reshape(-1, width)
+        plan.planes.append(np.ascontiguousarray(piece.T).tobytes())
+    plan.regions.append(Region(Kind.WIDE, len(data), offset, width))
+
+
+def _plan_bytes(plan: _Plan, base: bytes, data: bytes, offset: int, group: tuple[int, int]) -> None:
+    residual = np.frombuffer(data, np.uint8) - np.frombuffer(base, np.uint8)
+    plan.regions.append(Region(Kind.SUBTRACT, len(data), offset, channels=group[0], inner=group[1]))
+    plan.residuals.append(residual)
+    plan.groups.append(group)
+
+
+def _zero_point(old: bytes, tensor: Tensor | None) -> int:
+    """The zero point, where it is one and the same for all channels; else 0, which only makes the prediction worse."""
+    if tensor is None or tensor.kind not in {INT8, UINT8}:
+        return 0
+    kind = np.int8 if tensor.kind == INT8 else np.uint8
+    values = np.frombuffer(old, kind, tensor.size_bytes, tensor.offset)
+    return int(values[0]) if len(values) and (values == values[0]).all() else 0
+
+
+def _cost(residual: Bytes) -> float:
+    """Bits by order-0 entropy."""
+    counts = np.bincount(residual, minlength=256).astype(np.float64)
+    share = counts[counts > 0] / len(residual)
+    return float(-(counts[counts > 0] * np.log2(share)).sum())
+
+
+class _Between:
+    """What is no tensor, or a tensor without a twin: copies of what the base has outside its tensors, else literals."""
+
+    def __init__(self, old: bytes, tensors: dict[str, Tensor]) -> None:
+        self._old = old
+        self._anchors: dict[bytes, int] = {}
+        at = 0
+        pieces = []
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            pieces.append((at, tensor.offset))
+            at = tensor.offset + tensor.size_bytes
+        pieces.append((at, len(old)))
+        if sum(end - begin for begin, end in pieces) > _MAX_ANCHORED_BYTES:
+            pieces = []
+        for begin, end in pieces:
+            for place in range(begin, end - _ANCHOR + 1, 4):
+                self._anchors.setdefault(old[place : place + _ANCHOR], place)
+
+    def plan(self, plan: _Plan, data: bytes, at: int) -> None:
+        """Plan bytes that lie at ``at`` in the target."""
+        if data and self._old[at : at + len(data)] == data:
+            plan.copy(len(data), at)
+            return
+        if len(data) > _MAX_ANCHORED_BYTES or not self._anchors:
+            plan.literal(data)
+            return
+        done = place = 0
+        while place + _ANCHOR <= len(data):
+            source = self._anchors.get(data[place : place + _ANCHOR])
+            if source is None:
+                place += 1
+                continue
+            begin, length = self._grow(data, place, source, done)
+            plan.literal(data[done:begin])
+            plan.copy(length, source - (place - begin))
+            done = place = begin + length
+        plan.literal(data[done:])
+
+    def _grow(self, data: bytes, place: int, source: int, floor: int) -> tuple[int, int]:
+        """The longest equal run around an anchor: where it begins in the data, and its length."""
+        old, begin, back = self._old, place, source
+        while begin > floor and back > 0 and data[begin - 1] == old[back - 1]:
+            begin, back = begin - 1, back - 1
+        end, ahead = place + _ANCHOR, source + _ANCHOR
+        while end < len(data) and ahead < len(old) and data[end] == old[ahead]:
+            end, ahead = end + 1, ahead + 1
+        return begin, end - begin
+
+
+# --- coding
+
+
+def _encode(plan: _Plan, old: bytes, new: bytes) -> bytes:
+    tables, classes = _choose_tables(plan.residuals, plan.groups)
+    regions, at = [], 0
+    for region in plan.regions:
+        if region.kind in {Kind.SUBTRACT, Kind.RESCALE}:
+            regions.append(_named(region, at))
+            at += region.channels
+        else:
+            regions.append(region)
+    blocks = _blocks(plan, classes, tables) if tables is not None else []
+    side, planes, literals = pack(bytes(plan.side)), pack(b"".join(plan.planes)), pack(b"".join(plan.literals))
+    packed_tables = save_tables(tables) if tables is not None else b""
+    header = Header(
+        base=bytes.fromhex(hex_of(digest_bytes(old))),
+        base_size=len(old),
+        target=bytes.fromhex(hex_of(digest_bytes(new))),
+        target_size=len(new),
+        regions=regions,
+        classes=b"".join(part.tobytes() for part in classes),
+        side_size=len(side),
+        tables_size=len(packed_tables),
+        blocks=[len(block) for block in blocks],
+        planes_size=len(planes),
+        literals_size=len(literals),
+    )
+    return b"".join([encode_header(header), side, packed_tables, *blocks, planes, literals])
+
+
+def _named(region: Region, at: int) -> Region:
+    fields = {name: getattr(region, name) for name in Region.__struct_fields__}
+    return Region(**(fields | {"classes": at}))
+
+
+def _blocks(plan: _Plan, classes: list[Bytes], tables: Tables) -> list[bytes]:
+    contexts = [
+        part[channel_of(0, len(residual), channels=channels, inner=inner)]
+        for residual, part, (channels, inner) in zip(plan.residuals, classes, plan.groups, strict=True)
+    ]
+    data, table_of = np.concatenate(plan.residuals), np.concatenate(contexts)
+    return [
+        encode_block(data[at : at + BLOCK_BYTES], table_of[at : at + BLOCK_BYTES], tables)
+        for at in range(0, len(data), BLOCK_BYTES)
+    ]
+
+
+def _choose_tables(residuals: list[Bytes], groups: list[tuple[int, int]]) -> tuple[Tables | None, list[Bytes]]:
+    """How many tables, and which channel uses which: what makes the whole smallest."""
+    if not residuals:
+        return None, []
+    counts = np.concatenate([_counts(data, *group) for data, group in zip(residuals, groups, strict=True)])
+    best: tuple[float, Tables, Bytes] | None = None
+    for number in _TABLE_COUNTS:
+        if number > len(counts):
+            break
+        tables, chosen = _cluster(counts, number)
+        size = _total_bits(counts, tables, chosen)
+        if best is None or size < best[0]:
+            best = (size, tables, chosen)
+    assert best is not None
+    borders = np.cumsum([channels for channels, _ in groups])[:-1]
+    return best[1], [part.astype(np.uint8) for part in np.split(best[2], borders)]
+
+
+def _counts(data: Bytes, channels: int, inner: int) -> NDArray[np.int64]:
+    """How often each byte occurs in each channel: [channels, 256]."""
+    channel = channel_of(0, len(data), channels=channels, inner=inner)
+    flat = np.bincount(channel * 256 + data, minlength=channels * 256)
+    return flat.reshape(channels, 256)
+
+
+def _cluster(counts: NDArray[np.int64], number: int) -> tuple[Tables, Bytes]:
+    """Channels in groups that share a table, by code length: Lloyd's algorithm over histograms."""
+    distance = np.minimum(np.arange(256), 256 - np.arange(256))
+    spread = (counts * distance).sum(axis=1) / np.maximum(1, counts.sum(axis=1))
+    order = np.argsort(spread, kind="stable")
+    chosen = np.zeros(len(counts), np.int64)
+    chosen[order] = np.arange(len(counts)) * number // len(counts)
+    for _ in range(_ROUNDS):
+        tables = make_tables(_sums(counts, chosen, number))
+        again = cost_bits(counts, tables).argmin(axis=1)
+        if (again == chosen).all():
+            break
+        chosen = again
+    return make_tables(_sums(counts, chosen, number)), chosen.astype(np.uint8)
+
+
+def _sums(counts: NDArray[np.int64], chosen: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    sums = np.zeros((number, 256), np.int64)
+    np.add.at(sums, chosen, counts)
+    return sums
+
+
+def _total_bits(counts: NDArray[np.int64], tables: Tables, chosen: Bytes) -> float:
+    bits = cost_bits(counts, tables)[np.arange(len(chosen)), chosen].sum()
+    return float(bits) + 8.0 * (len(save_tables(tables)) + len(pack(chosen.tobytes())))
