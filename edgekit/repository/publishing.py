@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from tuf.api.metadata import TargetFile, Targets  # type: ignore[attr-defined]
@@ -30,6 +31,7 @@ from edgekit.repository.listing import (
     role_for,
     target_of,
 )
+from edgekit.repository.signatures import keep_envelope
 from edgekit.repository.store import Chain, Store, whole_second
 from edgekit.schema.base import encode_json
 from edgekit.schema.digest import digest_bytes, digest_file, hex_of
@@ -38,8 +40,17 @@ from edgekit.schema.release import RECALLS_PATH, DeltaRef, Fallback, Recall, Rec
 from edgekit.trust.keys import PublicKey, load_public_key, load_public_keys, save_public_key
 
 PRODUCTION = "production"
+PRUNE_ACTION = "prune"
+"""In the audit log: its details name each removed ``name@version`` and its manifest."""
 _CHANNEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?\Z")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+class DeltaMaker(Protocol):
+    """Makes and stores the deltas of a release whose blobs are stored."""
+
+    def __call__(self, folder: Path, manifest: Manifest, releases: Sequence[Release], *, channel: str) -> tuple[DeltaRef, ...]:
+        """The deltas, by what they begin with and lead to."""
 
 
 def add_publisher(folder: Path, path: Path) -> PublicKey:
@@ -69,7 +80,7 @@ def publish(
     notes: str = "",
     valid_until: datetime | None = None,
     fallback: Fallback = "report",
-    deltas: Sequence[DeltaRef] = (),
+    delta_maker: DeltaMaker | None = None,
     role_keys: Sequence[str] = (),
     now: datetime | None = None,
 ) -> Release:
@@ -84,7 +95,7 @@ def publish(
         notes: for people.
         valid_until: from then on devices do what ``fallback`` says.
         fallback: what devices do then.
-        deltas: ways from earlier blobs to this release's; the files are blobs of the repository already.
+        delta_maker: makes ways from earlier models to this release's (``edgekit.repository.deltas.make_deltas``); None: none.
         role_keys: private keys to sign the metadata with, beside those in the keys folder.
         now: the time, UTC.
 
@@ -120,12 +131,16 @@ def publish(
         store.give(role_keys)
         bench = Workbench.open(store, now=moment)
         existing = _existing(bench, bundle.manifest, bundle.manifest_digest, channel, is_again=is_again)
+        keep_envelope(store, bundle)
         if existing is not None:
             return existing
-        _check_recalls(bench, bundle.manifest, bundle.manifest_digest)
+        check_recalls(bench, bundle.manifest, bundle.manifest_digest)
         store_blobs(store, bundle)
         info = new_info(bench, bundle.manifest, channel, now=moment)
-        info = msgspec.structs.replace(info, notes=notes, valid_until=valid_until, fallback=fallback, deltas=tuple(deltas))
+        info = msgspec.structs.replace(info, notes=notes, valid_until=valid_until, fallback=fallback)
+        if delta_maker is not None:
+            deltas = delta_maker(folder, bundle.manifest, all_releases(bench), channel=channel)
+            info = msgspec.structs.replace(info, deltas=deltas)
         return add_release(bench, info, bundle.manifest_bytes, action="publish")
 
 
@@ -150,18 +165,37 @@ def _existing(bench: Workbench, manifest: Manifest, digest: str, channel: str, *
     same = [r for r in all_releases(bench) if (r.info.name, r.info.version) == (manifest.name, manifest.version)]
     for release in same:
         if release.manifest_digest != digest:
-            raise RepositoryError(
-                "repository.version_exists",
-                f"{what}: was published before with another content.",
-                hint="A version never changes; pack it under a new --version.",
-            )
+            raise _other_content(what)
+    if _pruned(bench.store.folder).get(what, digest) != digest:
+        raise _other_content(what)
     if is_again:
         return None
     return next((release for release in same if release.info.channel == channel), None)
 
 
-def _check_recalls(bench: Workbench, manifest: Manifest, digest: str) -> None:
-    """A recalled model is not published again under another name."""
+def _other_content(what: str) -> RepositoryError:
+    return RepositoryError(
+        "repository.version_exists",
+        f"{what}: was published before with another content.",
+        hint="A version never changes; pack it under a new --version.",
+    )
+
+
+def _pruned(folder: Path) -> dict[str, str]:
+    """The manifests of releases that were removed, by ``name@version``, as the audit log has them."""
+    found: dict[str, str] = {}
+    for entry in audit.read_log(folder):
+        if entry.action == PRUNE_ACTION:
+            found |= {what: digest for what, digest in entry.details.items() if "@" in what}
+    return found
+
+
+def check_recalls(bench: Workbench, manifest: Manifest, digest: str) -> None:
+    """A recalled model is not published again under another name.
+
+    Raises:
+        RepositoryError: ``repository.recalled``.
+    """
     visible = bench.look("targets")
     recalled = {recall.digest: recall for recall in recalls_of(visible).recalls} if visible else {}
     for found in (digest, *(variant.model for variant in manifest.variants)):
@@ -315,7 +349,7 @@ def rollback(
         version = to or _parent_version(head, name, channel)
         old = find_release(bench.chain, name, version)
         manifest, data = load_manifest(folder, old)
-        _check_recalls(bench, manifest, old.manifest_digest)
+        check_recalls(bench, manifest, old.manifest_digest)
         info = new_info(bench, manifest, channel, now=moment)
         text = reason or f"rollback to {version}"
         info = msgspec.structs.replace(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.bundle.delta.apply import save_tables
-from edgekit.bundle.delta.layout import MAX_SIDE_BYTES, Header, Kind, Region, encode_header, pack
+from edgekit.bundle.delta.layout import MAX_SIDE_BYTES, Header, Kind, Region, encode_header, pack, parse_header
 from edgekit.bundle.delta.predict import channel_of, multiply, rescale
 from edgekit.bundle.delta.rans import BLOCK_BYTES, Tables, cost_bits, encode_block, make_tables
 from edgekit.bundle.delta.tensors import FLOAT, INT8, UINT8, Tensor, find_tensors
@@ -28,6 +28,7 @@ from edgekit.schema.digest import digest_bytes, hex_of
 from edgekit.schema.release import DeltaCodec
 
 WORTH_SHARE = 0.7
+_MOVED_SHARE, _STRANGE_SHARE = 0.05, 0.1
 _TABLE_COUNTS = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 6
 _ANCHOR = 24
@@ -58,11 +59,24 @@ def make_delta(base: Path, target: Path, *, codecs: Sequence[DeltaCodec] = ("tsu
     tried: list[MadeDelta] = []
     if "tsub1" in codecs:
         tried.append(MadeDelta("tsub1", subtract(old, new)))
-    if "hdiff" in codecs and max(len(old), len(new)) <= _RIVAL_BYTES:
+    if "hdiff" in codecs and max(len(old), len(new)) <= _RIVAL_BYTES and _may_lose(tried, new):
         rival = _hdiff(old, new)
         tried += [MadeDelta("hdiff", rival)] if rival is not None else []
     best = min(tried, key=lambda made: len(made.content), default=None)
     return best if best is not None and len(best.content) < WORTH_SHARE * len(new) else None
+
+
+def _may_lose(tried: Sequence[MadeDelta], new: bytes) -> bool:
+    """Whether hdiffpatch, which takes minutes where most bytes changed, may be smaller.
+
+    It may for files that moved more than they changed, or that have much without a twin; where tensors changed in place it
+    never was.
+    """
+    if not tried:
+        return True
+    content = tried[0].content
+    header, _ = parse_header(content)
+    return len(content) < _MOVED_SHARE * len(new) or header.literals_size > _STRANGE_SHARE * len(content)
 
 
 def _hdiff(old: bytes, new: bytes) -> bytes | None:
