@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from edgekit.errors import ArtifactError
 
@@ -26,7 +27,6 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_SIDE_BYTES = 8 << 20
 MAX_REGIONS = 200_000
 MAX_SIZE = 1 << 40
-DIGEST_BYTES = 32
 _HINT = "It was damaged, or not made by edgekit; the whole file is fetched."
 FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
 
@@ -70,12 +70,13 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
     zero_point: int = 0
 
 
-class Header(msgspec.Struct, frozen=True, array_like=True):
-    """The table of contents. Sizes are of the packed parts, in the order in which they follow."""
+class Header(msgspec.Struct, frozen=True):
+    """The table of contents. Sizes are of the packed parts, in the order in which they follow.
 
-    base: bytes
+    The digests of base and target are not in it: signed metadata has them.
+    """
+
     base_size: int
-    target: bytes
     target_size: int
     regions: list[Region]
     classes: bytes
@@ -117,9 +118,118 @@ def malformed(why: str) -> ArtifactError:
     )
 
 
+class _Columns(msgspec.Struct, frozen=True, array_like=True):
+    """A header as it is written: the same things of all regions beside each other, which packs well.
+
+    Where regions begin in the base is told by their order there: ``steps`` leads from each region's rank to the next one's, and
+    ``gaps`` from the end of a region to the begin of the next in the base's order. A file whose parts only moved needs few
+    bytes, and one whose parts did not move next to none. What only some kinds have is in ``rest``.
+    """
+
+    base_size: int
+    target_size: int
+    kinds: bytes
+    lengths: list[int]
+    steps: bytes
+    gaps: list[int]
+    rest: list[Region]
+    classes: bytes
+    side_size: int
+    tables_size: int
+    blocks: list[int]
+    planes_size: int
+    literals_size: int
+
+
+_BASED = frozenset({Kind.COPY, Kind.SUBTRACT, Kind.RESCALE, Kind.WIDE})
+_PLAIN = frozenset({Kind.COPY, Kind.LITERAL})
+
+
+def _step_type(count: int) -> str:
+    return "<u1" if count <= 1 << 8 else "<u2" if count <= 1 << 16 else "<u4"
+
+
+def _columns(header: Header) -> _Columns:
+    based = [region for region in header.regions if region.kind in _BASED]
+    order = sorted(range(len(based)), key=lambda i: (based[i].offset, i))
+    ranks = np.empty(len(based), np.int64)
+    ranks[order] = np.arange(len(based))
+    gaps, ended = [], 0
+    for i in order:
+        gaps.append(based[i].offset - ended)
+        ended = based[i].offset + based[i].length
+    return _Columns(
+        header.base_size,
+        header.target_size,
+        bytes(region.kind & 0xFF for region in header.regions),
+        [region.length for region in header.regions],
+        np.diff(ranks, prepend=0).astype(_step_type(len(based))).tobytes(),
+        gaps,
+        [_without_offset(region) for region in header.regions if region.kind not in _PLAIN],
+        header.classes,
+        header.side_size,
+        header.tables_size,
+        header.blocks,
+        header.planes_size,
+        header.literals_size,
+    )
+
+
+def _without_offset(region: Region) -> Region:
+    return msgspec.structs.replace(region, offset=0) if region.kind in _BASED else region
+
+
+def _header(columns: _Columns) -> Header:
+    count = len(columns.kinds)
+    if count > MAX_REGIONS or len(columns.lengths) != count or len(columns.gaps) > count:
+        raise malformed("its columns do not fit")
+    based = [length for kind, length in zip(columns.kinds, columns.lengths, strict=False) if kind in _BASED]
+    if len(columns.gaps) != len(based):
+        raise malformed("its columns do not fit")
+    if any(not 0 < length <= MAX_SIZE for length in columns.lengths) or any(abs(gap) > MAX_SIZE for gap in columns.gaps):
+        raise malformed("a region is out of bounds")
+    offsets = iter(_offsets(columns, based))
+    rest, regions = iter(columns.rest), []
+    for kind, length in zip(columns.kinds, columns.lengths, strict=True):
+        region = Region(kind, length) if kind in _PLAIN else next(rest, None)
+        if region is None:
+            raise malformed("its columns do not fit")
+        regions.append(msgspec.structs.replace(region, offset=next(offsets)) if kind in _BASED else region)
+    return Header(
+        columns.base_size,
+        columns.target_size,
+        regions,
+        columns.classes,
+        columns.side_size,
+        columns.tables_size,
+        columns.blocks,
+        columns.planes_size,
+        columns.literals_size,
+    )
+
+
+def _offsets(columns: _Columns, lengths: list[int]) -> list[int]:
+    """Where each region with a base begins in it."""
+    count, kind = len(lengths), np.dtype(_step_type(len(lengths)))
+    if len(columns.steps) != count * kind.itemsize:
+        raise malformed("its columns do not fit")
+    ranks = np.cumsum(np.frombuffer(columns.steps, kind), dtype=kind).astype(np.int64)
+    order = np.full(count, -1, np.int64)
+    if (ranks >= count).any():
+        raise malformed("its columns do not fit")
+    order[ranks] = np.arange(count)
+    if (order < 0).any():
+        raise malformed("its columns do not fit")
+    found, ended = [0] * count, 0
+    for gap, i in zip(columns.gaps, order.tolist(), strict=True):
+        found[i] = ended + gap
+        ended = found[i] + lengths[i]
+    return found
+
+
 def encode_header(header: Header) -> bytes:
     """The beginning of a delta file."""
-    packed = pack(msgspec.msgpack.encode(header))
+    packed = pack(msgspec.msgpack.encode(_columns(header)))
     return PREFIX.pack(MAGIC, len(packed)) + packed
 
 
@@ -157,8 +267,8 @@ def parse_header(data: bytes) -> tuple[Header, int]:
         raise malformed("its header is cut off")
     raw = unpack(bytes(data[PREFIX.size : end]), MAX_HEADER_BYTES)
     try:
-        header = msgspec.msgpack.decode(raw, type=Header)
-        is_canonical = msgspec.msgpack.encode(header) == raw
+        header = _header(msgspec.msgpack.decode(raw, type=_Columns))
+        is_canonical = msgspec.msgpack.encode(_columns(header)) == raw
     except (msgspec.DecodeError, msgspec.EncodeError, RecursionError, OverflowError) as error:
         raise malformed(f"its header cannot be read: {error}") from error
     if not is_canonical:
@@ -168,8 +278,6 @@ def parse_header(data: bytes) -> tuple[Header, int]:
 
 
 def _check(header: Header) -> None:
-    if len(header.base) != DIGEST_BYTES or len(header.target) != DIGEST_BYTES:
-        raise malformed("its digests have a wrong length")
     sizes = (
         header.base_size,
         header.target_size,

@@ -24,7 +24,6 @@ from edgekit.bundle.delta.layout import MAX_SIDE_BYTES, Header, Kind, Region, en
 from edgekit.bundle.delta.predict import channel_of, multiply, rescale
 from edgekit.bundle.delta.rans import BLOCK_BYTES, Tables, cost_bits, encode_block, make_tables
 from edgekit.bundle.delta.tensors import FLOAT, INT8, UINT8, Tensor, find_tensors
-from edgekit.schema.digest import digest_bytes, hex_of
 from edgekit.schema.release import DeltaCodec
 
 WORTH_SHARE = 0.7
@@ -34,6 +33,7 @@ _ROUNDS = 6
 _ANCHOR = 24
 """Bytes that must be equal for a copy within what is no tensor."""
 _MAX_ANCHORED_BYTES = 8 << 20
+_FLOAT_BYTES = 4
 _MAX_PRODUCT, _MAX_SCALARS = 1 << 16, 4096
 _RIVAL_BYTES = 128 << 20
 Bytes = NDArray[np.uint8]
@@ -139,16 +139,24 @@ class _Planner:
         self._before, self._after = find_tensors(old), find_tensors(new)
         self._between = _Between(old, self._before)
         self._side_of = self._gather_scales()
-        scalars = [tensor for tensor in self._after.values() if tensor.kind == FLOAT and math.prod(tensor.shape) == 1]
+        scalars = [each for each in self._after.values() if each.kind == FLOAT and each.size_bytes == _FLOAT_BYTES]
         self._scalars = sorted({int.from_bytes(_bytes_of(new, tensor), "little") for tensor in scalars})[:_MAX_SCALARS]
 
     def run(self) -> None:
         """Plan the whole target."""
         at = 0
         for tensor in sorted(self._after.values(), key=lambda tensor: tensor.offset):
+            twin = self._before.get(tensor.name)
+            if twin is not None and _field_of(self._old, twin) == _field_of(self._new, tensor):
+                self._between.plan(self._plan, self._new[at : tensor.field_offset], at)
+                self._plan.copy(tensor.field_bytes, twin.field_offset)
+                at = tensor.field_offset + tensor.field_bytes
+                continue
+            if not tensor.size_bytes:
+                continue
             self._between.plan(self._plan, self._new[at : tensor.offset], at)
             at = tensor.offset + tensor.size_bytes
-            self._plan_tensor(self._before.get(tensor.name), tensor)
+            self._plan_tensor(twin, tensor)
         self._between.plan(self._plan, self._new[at:], at)
 
     def _gather_scales(self) -> dict[str, int]:
@@ -173,7 +181,7 @@ class _Planner:
         if tensor.name in self._side_of:
             self._plan.regions.append(Region(Kind.SIDE, len(data), self._side_of[tensor.name]))
             return
-        if twin is None or (twin.kind, twin.shape) != (tensor.kind, tensor.shape):
+        if twin is None or (twin.kind, twin.shape, twin.size_bytes) != (tensor.kind, tensor.shape, tensor.size_bytes):
             self._between.plan(self._plan, data, tensor.offset)
             return
         base = _bytes_of(self._old, twin)
@@ -242,6 +250,10 @@ class _Planner:
         )
 
 
+def _field_of(data: bytes, tensor: Tensor) -> bytes:
+    return data[tensor.field_offset : tensor.field_offset + tensor.field_bytes]
+
+
 def _bytes_of(data: bytes, tensor: Tensor) -> bytes:
     return data[tensor.offset : tensor.offset + tensor.size_bytes]
 
@@ -266,7 +278,7 @@ def _plan_bytes(plan: _Plan, base: bytes, data: bytes, offset: int, group: tuple
 
 def _zero_point(old: bytes, tensor: Tensor | None) -> int:
     """The zero point, where it is one and the same for all channels; else 0, which only makes the prediction worse."""
-    if tensor is None or tensor.kind not in {INT8, UINT8}:
+    if tensor is None or tensor.kind not in {INT8, UINT8} or not tensor.size_bytes:
         return 0
     kind = np.int8 if tensor.kind == INT8 else np.uint8
     values = np.frombuffer(old, kind, tensor.size_bytes, tensor.offset)
@@ -345,9 +357,7 @@ def _encode(plan: _Plan, old: bytes, new: bytes) -> bytes:
     side, planes, literals = pack(bytes(plan.side)), pack(b"".join(plan.planes)), pack(b"".join(plan.literals))
     packed_tables = save_tables(tables) if tables is not None else b""
     header = Header(
-        base=bytes.fromhex(hex_of(digest_bytes(old))),
         base_size=len(old),
-        target=bytes.fromhex(hex_of(digest_bytes(new))),
         target_size=len(new),
         regions=regions,
         classes=b"".join(part.tobytes() for part in classes),

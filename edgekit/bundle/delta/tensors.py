@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
@@ -23,7 +23,7 @@ FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer whose elements lie in the file as they are in memory."""
+    """An initializer. Its elements lie in the file as they are in memory; if they do not, ``size_bytes`` is 0."""
 
     name: str
     kind: int
@@ -31,6 +31,9 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
+    field_offset: int = 0
+    field_bytes: int = 0
+    """The whole field of the graph that holds the tensor, with its name and shape."""
     scale: str = ""
     """The initializer with the scale that the weight is dequantized with."""
     zero_point: str = ""
@@ -95,7 +98,7 @@ def _shape(data: memoryview, begin: int, end: int, wire: int, shape: list[int]) 
         shape.append(value)
 
 
-def _tensor(data: memoryview, begin: int, end: int) -> Tensor | None:
+def _tensor(data: memoryview, begin: int, end: int) -> Tensor:
     name, kind, place = "", 0, (0, 0)
     shape: list[int] = []
     for number, wire, first, last in _fields(data, begin, end):
@@ -110,9 +113,8 @@ def _tensor(data: memoryview, begin: int, end: int) -> Tensor | None:
                 place = (first, last - first)
             case _:
                 pass
-    if kind not in ITEM_BYTES or not place[1] or math.prod(shape) * ITEM_BYTES[kind] != place[1]:
-        return None
-    return Tensor(name, kind, tuple(shape), *place)
+    is_plain = kind in ITEM_BYTES and place[1] > 0 and math.prod(shape) * ITEM_BYTES[kind] == place[1]
+    return Tensor(name, kind, tuple(shape), *(place if is_plain else (begin, 0)))
 
 
 def _dequantize(data: memoryview, begin: int, end: int) -> tuple[list[str], int] | None:
@@ -150,11 +152,14 @@ def find_tensors(content: bytes | memoryview) -> dict[str, Tensor]:
         for number, wire, first, last in _fields(data, 0, len(data)):
             if number != _GRAPH or wire != _BYTES:
                 continue
+            before = first
             for field, kind, begin, end in _fields(data, first, last):
+                whole, before = (before, end - before), end
                 if kind != _BYTES:
                     continue
-                if field == _INITIALIZER and (tensor := _tensor(data, begin, end)) is not None:
-                    found[tensor.name] = tensor
+                if field == _INITIALIZER:
+                    tensor = _tensor(data, begin, end)
+                    found[tensor.name] = replace(tensor, field_offset=whole[0], field_bytes=whole[1])
                 elif field == _NODE and (node := _dequantize(data, begin, end)) is not None:
                     used[node[0][0]] = node
     except _Odd:
@@ -163,17 +168,15 @@ def find_tensors(content: bytes | memoryview) -> dict[str, Tensor]:
 
 
 def _with_scale(tensor: Tensor, node: tuple[list[str], int] | None, found: dict[str, Tensor]) -> Tensor:
-    if node is None or tensor.kind not in {INT8, UINT8}:
+    if node is None or tensor.kind not in {INT8, UINT8} or not tensor.size_bytes:
         return tensor
     inputs, axis = node
     scale = found.get(inputs[1])
     axis = axis + len(tensor.shape) if axis < 0 else axis
-    if scale is None or scale.kind != FLOAT:
+    if scale is None or scale.kind != FLOAT or not scale.size_bytes:
         return tensor
     count = math.prod(scale.shape)
     if count != 1 and not (0 <= axis < len(tensor.shape) and tensor.shape[axis] == count):
         return tensor
     zero = inputs[2] if len(inputs) > 2 and inputs[2] in found else ""
-    return Tensor(
-        tensor.name, tensor.kind, tensor.shape, tensor.offset, tensor.size_bytes, scale.name, zero, axis if count > 1 else -1
-    )
+    return replace(tensor, scale=scale.name, zero_point=zero, axis=axis if count > 1 else -1)
