@@ -122,7 +122,7 @@ def make_plan(
 
 def parse_version(text: str) -> tuple[int, ...]:
     """The numbers of a version, for comparison: ``1.24.4`` → (1, 24, 4)."""
-    match = re.match(r"\d+(?:\.\d+)*", text)
+    match = re.match(r"[0-9]{1,9}(?:\.[0-9]{1,9})*", text)  # a signed manifest's, too: int() refuses thousands of digits
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
@@ -138,6 +138,8 @@ def _obstacle(variant: Variant, facts: DeviceFacts) -> str:
         return f"needs {' or '.join(requires.arch)}, this device is {facts.arch}"
     if missing := [flag for flag in requires.isa if flag not in facts.isa]:
         return f"needs {' '.join(missing)}, this processor lacks it"
+    if requires.isa_any and not set(requires.isa_any) & set(facts.isa):
+        return f"needs {' or '.join(requires.isa_any)}, this processor has neither"
     if requires.ram_mb is not None and requires.ram_mb > facts.ram_mb:
         return f"needs {requires.ram_mb:g} MB of memory, this device has {facts.ram_mb:g} MB"
     return ""

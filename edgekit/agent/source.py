@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgekit.agent.config import AgentConfig
-from edgekit.durable import sync_folder
 from edgekit.errors import DeviceError, UsageError
 from edgekit.schema.manifest import BlobRef
 from edgekit.schema.release import Release
@@ -69,9 +68,7 @@ class RepositorySource:
             RepositoryError: it cannot be reached.
             TrustError: it was refused.
         """
-        result = self._repository().refresh()
-        sync_folder(self._cache)
-        return result
+        return self._repository().refresh()
 
     def fetch_manifest(self, release: Release) -> bytes:
         """The manifest's verified bytes."""

@@ -22,7 +22,7 @@ import msgspec
 
 from edgekit.agent.slots import SlotStore
 from edgekit.bundle.opening import CURABLE_PREFIX
-from edgekit.durable import PRIVATE_FILE, sweep_temporaries, sync_folder, write_durably
+from edgekit.durable import PRIVATE_FILE, make_folder, sweep_temporaries, sync_folder, write_durably
 from edgekit.errors import ArtifactError, DeviceError, EnvironmentFault
 from edgekit.schema.base import SCHEMA_VERSION, decode_json, encode_json
 from edgekit.schema.state import AgentState, Slot
@@ -41,7 +41,7 @@ def prepare_dir(path: Path) -> None:
         EnvironmentFault: ``state.unwritable``.
     """
     try:
-        path.mkdir(mode=PRIVATE_DIR, parents=True, exist_ok=True)
+        make_folder(path, mode=PRIVATE_DIR)
         path.chmod(PRIVATE_DIR)
     except OSError as error:
         raise EnvironmentFault(

@@ -35,6 +35,7 @@ from edgekit.agent.validity import find_recall
 from edgekit.agent.vitals import disk_free_bytes
 from edgekit.bundle.opening import CURABLE_PREFIX, DAMAGED_CODE, find_identities, opened_variant
 from edgekit.bundle.reader import parse_manifest
+from edgekit.durable import make_folder
 from edgekit.errors import ArtifactError, DeviceError, EdgekitError, TrustError
 from edgekit.schema.digest import hex_of
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
@@ -135,7 +136,7 @@ class Installer:
         """
         contents = self.read(plan, source.fetch_manifest(plan.release))
         with self._reclaiming(plan):
-            self._parts.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self._parts, mode=0o700)
             missing = [ref for ref in contents.refs if not self._find(ref, plan.slot)]
             self._drop_parts(keep=missing)
             self._check_disk(plan, missing)

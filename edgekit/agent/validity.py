@@ -4,6 +4,7 @@ Two things end a model's service: a recall (a signed deny-list, with a deadline)
 work offline, by the device's clock, which never counts as earlier than what the device has verified before. Expired metadata
 is neither: it blocks changes, never inference.
 
+    >>> from datetime import UTC
     >>> from edgekit.schema.state import AgentState, Slot
     >>> find_ban(AgentState(device="cam-7"), Slot(name="a", model="kws"), datetime(2026, 1, 1, tzinfo=UTC)) is None
     True
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 from edgekit.schema.release import Fallback, Recall
@@ -51,6 +52,6 @@ def find_ban(state: AgentState, slot: Slot, now: datetime) -> Ban | None:
     if recall is not None and time >= recall.deadline:
         return Ban(kind="recalled", reason=f"{name} was recalled: {recall.reason}", fallback=recall.fallback)
     if slot.valid_until is not None and time >= slot.valid_until:
-        until = slot.valid_until.astimezone(UTC)
-        return Ban(kind="expired", reason=f"{name} was valid until {until:%Y-%m-%d %H:%M} UTC", fallback=slot.fallback)
+        until = f"{slot.valid_until:%Y-%m-%d %H:%M %Z}"  # in its own zone: year 1 has no UTC everywhere
+        return Ban(kind="expired", reason=f"{name} was valid until {until}", fallback=slot.fallback)
     return None

@@ -28,8 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
-
 from edgekit.bundle.layout import (
     BLOB_PREFIX,
     END_BYTES,
@@ -45,7 +43,7 @@ from edgekit.bundle.layout import (
     parse_end,
 )
 from edgekit.errors import ArtifactError, EdgekitError, TrustError, UsageError
-from edgekit.schema.base import decode_json
+from edgekit.schema.base import decode_json, is_canonical_json
 from edgekit.schema.digest import CHUNK_BYTES, digest_bytes, short
 from edgekit.schema.manifest import MANIFEST_MEDIA_TYPE, BlobRef, Manifest
 from edgekit.trust.dsse import Envelope, decode_envelope, valid_keys
@@ -139,15 +137,6 @@ def _read_chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield chunk
 
 
-def is_canonical_json(data: bytes) -> bool:
-    """Whether the bytes are what this project writes for the same JSON; fields that are not known here may be in it."""
-    try:
-        again = msgspec.json.format(msgspec.json.encode(msgspec.json.decode(data)), indent=2) + b"\n"
-    except (msgspec.DecodeError, msgspec.EncodeError, UnicodeError, OverflowError, RecursionError):
-        return False
-    return bool(again == data)
-
-
 def parse_manifest(data: bytes, *, name: str = MANIFEST_NAME) -> Manifest:
     """Read a manifest and check that it holds together: what a device does with a manifest that it fetched.
 
@@ -176,10 +165,15 @@ def _inconsistency(manifest: Manifest) -> str:
         return "it has no variant"
     if why := _sealing_fault(manifest) or _threshold_fault(manifest):
         return why
+    names = [variant.name for variant in manifest.variants]
+    if len(set(names)) != len(names):
+        return "two variants have one name"
     role_of = {ref.digest: ref.role for ref in manifest.blobs}
     for variant in manifest.variants:
         if role_of.get(variant.model) != "model" or role_of.get(variant.golden) != "golden":
             return f"the variant {variant.name} names a model or golden samples that are not among its blobs"
+        if variant.candidate is not None and role_of.get(variant.candidate) != "candidate":
+            return f"the variant {variant.name} names a candidate that is not among its blobs"
     return ""
 
 

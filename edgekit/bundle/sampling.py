@@ -98,7 +98,7 @@ def make_golden(
         DataError: ``data.missing_input`` or ``data.empty``.
         ArtifactError: ``golden.not_finite`` or ``golden.unstable`` when the model's own answers do not allow a test.
     """
-    tried = list(_feeds(contract, samples, count=max(count, MAX_TRIED) if samples else count, seed=seed))
+    tried = list(sample_feeds(contract, samples, count=max(count, MAX_TRIED) if samples else count, seed=seed))
     reference = open_model(threads=1, is_optimized=True)
     try:
         answers = [reference.run(feeds) for feeds in tried]
@@ -132,7 +132,7 @@ def make_golden(
     return GoldenMade(golden=golden, runtime=name, runtime_version=version)
 
 
-def _feeds(contract: Contract, samples: Samples | None, *, count: int, seed: int) -> Iterator[Feeds]:
+def sample_feeds(contract: Contract, samples: Samples | None, *, count: int, seed: int) -> Iterator[Feeds]:
     """Up to ``count`` feeds of the model's batch size, evenly spread over the samples."""
     first = contract.inputs[0].shape[0] if contract.inputs and contract.inputs[0].shape else 1
     batch = first if isinstance(first, int) and first > 0 else 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,10 @@ import msgspec
 from edgekit import __version__
 from edgekit.bundle.layout import MANIFEST_NAME, SIGNATURE_NAME, Entry, arrange, blob_name
 from edgekit.bundle.reader import parse_manifest, read_bundle
-from edgekit.bundle.sampling import OpenedModel, Samples, make_golden
+from edgekit.bundle.parity import MAX_SAMPLES as MAX_PARITY_SAMPLES
+from edgekit.bundle.parity import check_contract, check_parity, measure_parity
+from edgekit.bundle.sampling import OpenedModel, Samples, make_golden, sample_feeds
+from edgekit.bundle.selection import requires_of
 from edgekit.durable import sync_folder, write_durably
 from edgekit.errors import ArtifactError, UsageError
 from edgekit.schema.artifact import ModelArtifact, ModelFormat
@@ -39,7 +43,7 @@ from edgekit.schema.manifest import (
     Requires,
     Variant,
 )
-from edgekit.schema.target import RuntimeName
+from edgekit.schema.target import RuntimeName, TargetProfile
 from edgekit.trust.signer import Signer, sign_envelope
 
 Content = bytes | Path
@@ -171,7 +175,7 @@ def pack_bundle(
     open_session: SessionOpener,
     data: Samples | None = None,
     golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
-    arch: tuple[str, ...] = (),
+    profile: TargetProfile | None = None,
     ram_mb: float | None = None,
     created_at: datetime | None = None,
     threads: int = 2,
@@ -188,7 +192,7 @@ def pack_bundle(
         open_session: the runtime, to make golden samples on.
         data: real samples for the golden set.
         golden_samples: how many to keep.
-        arch: the target's architecture, which a device must have.
+        profile: the target that it was made for, which says what a device must have; None asks for the runtime only.
         ram_mb: memory that a device must have.
         created_at: for bytes that can be made again; None is now.
         threads: the largest number of threads that the tolerance is measured with.
@@ -201,7 +205,7 @@ def pack_bundle(
         open_session=open_session,
         data=data,
         golden_samples=golden_samples,
-        arch=arch,
+        profile=profile,
         ram_mb=ram_mb,
         created_at=created_at,
         threads=threads,
@@ -218,7 +222,7 @@ def draft_bundle(
     open_session: SessionOpener,
     data: Samples | None = None,
     golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
-    arch: tuple[str, ...] = (),
+    profile: TargetProfile | None = None,
     ram_mb: float | None = None,
     created_at: datetime | None = None,
     threads: int = 2,
@@ -233,7 +237,7 @@ def draft_bundle(
         open_session: the runtime, to make golden samples on.
         data: real samples for the golden set.
         golden_samples: how many to keep.
-        arch: the target's architecture, which a device must have.
+        profile: the target that it was made for, which says what a device must have; None asks for the runtime only.
         ram_mb: memory that a device must have.
         created_at: for bytes that can be made again; None is now.
         threads: the largest number of threads that the tolerance is measured with.
@@ -263,10 +267,11 @@ def draft_bundle(
     )
     golden = encode_msgpack(made.golden)
     refs, blobs = _gather(candidate_dir, artifact, model, golden, candidate_bytes)
-    requires = Requires(
+    requires = requires_of(
+        profile,
+        precision=artifact.precision,
         runtime=_RUNTIME_OF[artifact.format],
-        runtime_version=".".join(made.runtime_version.split(".")[:2]),
-        arch=arch,
+        runtime_version=made.runtime_version,
         ram_mb=ram_mb,
     )
     manifest = Manifest(
@@ -281,6 +286,80 @@ def draft_bundle(
         edgekit_version=__version__,
     )
     return Draft(manifest, blobs)
+
+
+def add_variant(
+    draft: Draft,
+    candidate_dir: Path,
+    *,
+    open_session: SessionOpener,
+    data: Samples | None = None,
+    golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
+    profile: TargetProfile | None = None,
+    limit: str = "",
+    data_digest: str | None = None,
+    threads: int = 2,
+    seed: int = 0,
+) -> Draft:
+    """Add one more form of the model, when it answers as the first one does.
+
+    Args:
+        draft: a release with one variant or more.
+        candidate_dir: output folder of ``edgekit optimize`` for another target.
+        open_session: the runtime, for golden samples and parity.
+        data: real samples for both; without them parity is measured on drawn inputs.
+        golden_samples: how many to keep.
+        profile: the target that it was made for.
+        limit: of parity, for example ``agreement>=0.98``; empty takes the task's default.
+        data_digest: of the samples' data set.
+        threads: the largest number of threads that the tolerance is measured with.
+        seed: for drawn inputs.
+
+    Raises:
+        ArtifactError: ``variant.contract``, ``variant.parity``, or as :func:`draft_bundle`.
+    """
+    other = draft_bundle(
+        candidate_dir,
+        name=draft.manifest.name,
+        version=draft.manifest.version,
+        open_session=open_session,
+        data=data,
+        golden_samples=golden_samples,
+        profile=profile,
+        created_at=draft.manifest.created_at,
+        threads=threads,
+        seed=seed,
+    )
+    added, first = other.manifest, draft.manifest.variants[0]
+    variant = added.variants[0]
+    name = variant.name if variant.name not in {each.name for each in draft.manifest.variants} else ""
+    name = name or f"{variant.name}-{added.target}"
+    check_contract(draft.manifest.contract, added.contract, name)
+    feeds = list(sample_feeds(draft.manifest.contract, data, count=MAX_PARITY_SAMPLES, seed=seed))
+    with _opened(draft, first.model, open_session) as left, _opened(other, variant.model, open_session) as right:
+        parity = measure_parity(
+            left, right, feeds, reference=first.name, contract=added.contract, limit=limit, data=data_digest
+        )
+    check_parity(parity, name)
+    merged = draft
+    for ref in added.blobs:
+        if ref.role in {"model", "golden", "candidate"}:
+            merged = merged.with_blob(f"{name}/{ref.path}", ref.role, other.blobs[ref.digest])
+    found = next(ref.digest for ref in added.blobs if ref.role == "candidate")
+    joined = msgspec.structs.replace(variant, name=name, target=added.target, candidate=found, parity=parity)
+    manifest = msgspec.structs.replace(merged.manifest, variants=(*merged.manifest.variants, joined))
+    return Draft(manifest, merged.blobs)
+
+
+@contextmanager
+def _opened(draft: Draft, digest: str, open_session: SessionOpener) -> Iterator[OpenedModel]:
+    content = draft.blobs[digest]
+    assert isinstance(content, Path), "models are files until a release is sealed"
+    session = open_session(content, threads=1, is_optimized=True)
+    try:
+        yield session
+    finally:
+        session.close()
 
 
 def _variant(name: str, artifact: ModelArtifact, golden: str, requires: Requires) -> Variant:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
     from edgekit.schema.candidate import Candidate
-    from edgekit.schema.manifest import Manifest
+    from edgekit.schema.manifest import Manifest, Parity
+    from edgekit.schema.target import TargetProfile
 
 app = typer.Typer(
     help="Pack, verify and inspect signed bundles.",
@@ -92,12 +93,16 @@ def _make_signer(destination: Path) -> None:
 
 @app.command()
 def pack(
-    folder: Path = typer.Argument(..., metavar="DIR", help="Output folder of edgekit optimize."),
+    folder: list[Path] = typer.Argument(..., metavar="DIR...", help="Output folders of edgekit optimize: one variant each."),
     name: str = typer.Option(..., "--name", help="The model's name, lower case."),
     version: str = typer.Option(..., "--version", help="The release's version, for example 1.0.0."),
     key: list[Path] = typer.Option([], "--key", help="The publisher's private key; several sign together."),
     data: str = typer.Option("", "--data", metavar="DATA", help="Real samples to make golden samples from."),
     golden: int = typer.Option(8, "--golden", min=1, max=64, help="Golden samples to keep."),
+    parity: str = typer.Option(
+        "", "--parity", metavar="LIMIT", help='How alike variants must answer.  Default: "agreement>=0.95" or "sqnr_db>=20".'
+    ),
+    with_fp32: bool = typer.Option(False, "--with-fp32", help="Add the float32 candidate for devices that no variant fits."),
     recipient: list[str] = typer.Option(
         [], "--recipient", metavar="AGE|@FILE", help="Seal the model for this age1... key; repeat, or @FILE with one a line."
     ),
@@ -109,9 +114,13 @@ def pack(
     ),
     destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
 ) -> None:
-    """Make golden samples, pack the candidate and sign it."""
+    """Make golden samples, pack the candidate and sign it; several folders become variants of one release.
+
+    A device takes the first variant whose rules (architecture, instructions, runtime, memory) it meets; the most demanding come
+    first. That variants answer alike is measured, and signed with them.
+    """
     from edgekit.bundle.reader import read_bundle
-    from edgekit.bundle.writer import draft_bundle, read_candidate, write_bundle
+    from edgekit.bundle.writer import write_bundle
     from edgekit.trust.signer import load_signer
 
     recipients = _recipients(recipient)
@@ -119,31 +128,102 @@ def pack(
         raise UsageError(
             "bundle.no_key", "no --key to sign with.", hint='Make one: "edgekit bundle keygen --out keys/publisher".'
         )
-    candidate, _ = read_candidate(folder)
     signers = [load_signer(path) for path in key]
     bundle_evidence.check_inputs(card, oms_key)
-    if not candidate.verdict.is_budget_met:
-        warn(f"{candidate.name} misses its budget: {candidate.verdict.reason}")
     if not data:
         warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
     path = destination or Path(f"{name}-{version}.edgekit")
-    samples = _load_samples(candidate, data) if data else None
-    draft = draft_bundle(
-        folder,
-        name=name,
-        version=version,
-        open_session=_open,
-        data=samples,
-        golden_samples=golden,
-        arch=_arch_of(candidate),
-        created_at=source_date(),
-    )
+    folders = _expanded(folder, with_fp32=with_fp32)
+    draft, samples = _draft(folders, name=name, version=version, data=data, golden=golden, parity=parity)
     draft = bundle_evidence.add_evidence(draft, card=card, data=samples, open_session=_open)
     with _sealed(draft, recipients, path) as sealed:
         ready = bundle_evidence.add_signature(sealed, oms_key)
         write_bundle(ready.manifest, ready.blobs, signer=signers, out=path)
     bundle = read_bundle(path)
     out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(bundle.manifest_digest)}")
+
+
+def _expanded(folders: Sequence[Path], *, with_fp32: bool) -> list[tuple[Path, Candidate]]:
+    """The folders with their candidates, one for each variant, the most demanding first."""
+    from edgekit.bundle.selection import requires_of, strictness
+    from edgekit.bundle.writer import read_candidate
+    from edgekit.schema.base import decode_json
+    from edgekit.schema.variants import VARIANTS_FILE, VariantList
+
+    found: list[Path] = []
+    for folder in folders:
+        listing = folder / VARIANTS_FILE
+        if listing.is_file():
+            made = decode_json(listing.read_bytes(), VariantList, name=str(listing))
+            found += [folder / each.folder for each in made.variants]
+        else:
+            found.append(folder)
+    if with_fp32:
+        found += _fp32_folder(found)
+    candidates = [(path, read_candidate(path)[0]) for path in dict.fromkeys(found)]
+    for _, candidate in candidates:
+        if not candidate.verdict.is_budget_met:
+            warn(f"{candidate.name} for {candidate.target} misses its budget: {candidate.verdict.reason}")
+
+    def demand(item: tuple[Path, Candidate]) -> int:
+        artifact = item[1].artifact
+        precision = artifact.precision if artifact else ""
+        profile = _profile_of(item[1])
+        return strictness(requires_of(profile, precision=precision, runtime="onnxruntime", runtime_version=""))
+
+    return sorted(candidates, key=demand, reverse=True)
+
+
+def _fp32_folder(folders: Sequence[Path]) -> list[Path]:
+    for folder in folders:
+        for name in ("fp32-optimized", "fp32"):
+            if (folder / "candidates" / name / "candidate.json").is_file():
+                return [folder / "candidates" / name]
+    raise UsageError(
+        "bundle.no_fp32",
+        "--with-fp32: no float32 candidate among the folders.",
+        hint="Keep DIR/candidates of edgekit optimize.",
+    )
+
+
+def _draft(
+    folders: Sequence[tuple[Path, Candidate]], *, name: str, version: str, data: str, golden: int, parity: str
+) -> tuple[Draft, Dataset | None]:
+    """The release with all its variants, not signed yet, and the samples."""
+    from edgekit.bundle.writer import add_variant, draft_bundle
+
+    (first, candidate), *others = folders
+    samples = _load_samples(candidate, data) if data else None
+    draft = draft_bundle(
+        first,
+        name=name,
+        version=version,
+        open_session=_open,
+        data=samples,
+        golden_samples=golden,
+        profile=_profile_of(candidate),
+        created_at=source_date(),
+    )
+    for folder, other in others:
+        draft = add_variant(
+            draft,
+            folder,
+            open_session=_open,
+            data=samples,
+            golden_samples=golden,
+            profile=_profile_of(other),
+            limit=parity,
+            data_digest=samples.digest if samples is not None else None,
+        )
+        found = draft.manifest.variants[-1]
+        if found.parity is not None:
+            note(f"{found.name}: {_parity(found.parity)}", "dim")
+    return draft, samples
+
+
+def _parity(parity: Parity) -> str:
+    agreement = f"agreement {parity.agreement:.4f}, " if parity.agreement is not None else ""
+    return f"{agreement}{parity.sqnr_db:.1f} dB against {parity.reference} on {parity.samples} samples ({parity.limit})"
 
 
 def _recipients(values: Sequence[str]) -> tuple[str, ...]:
@@ -182,15 +262,15 @@ def _load_samples(candidate: Candidate, spec: str) -> Dataset:
     return load_dataset(spec, candidate.artifact.inputs if candidate.artifact else ())
 
 
-def _arch_of(candidate: Candidate) -> tuple[str, ...]:
-    """The architecture that the target has; nothing is required where its profile is not on this machine."""
+def _profile_of(candidate: Candidate) -> TargetProfile | None:
+    """The target's profile; nothing is required of devices where it is not on this machine."""
     from edgekit.target.load import load_target
 
     try:
-        return (load_target(candidate.target).arch,)
+        return load_target(candidate.target)
     except EdgekitError:
         warn(f"target {candidate.target}: no such profile here, so the bundle does not require an architecture")
-        return ()
+        return None
 
 
 def source_date() -> datetime | None:
@@ -258,9 +338,13 @@ def _show(bundle: Bundle) -> None:
     sealed = {ref.digest: ref.sealed for ref in manifest.blobs if ref.sealed is not None}
     for variant in manifest.variants:
         needs = variant.requires
-        rest = " ".join([*needs.arch, *needs.isa])
+        any_of = [" or ".join(needs.isa_any)] if needs.isa_any else []
+        memory = [f"{needs.ram_mb:g} MB"] if needs.ram_mb else []
+        rest = " ".join([*needs.arch, *needs.isa, *any_of, *memory])
         lines.append(("variant", f"{variant.name}: {variant.format} {variant.precision}, needs {needs.runtime} "
                                  f">= {needs.runtime_version or 'any'} {rest}".rstrip()))  # fmt: skip
+        if variant.parity is not None:
+            lines.append(("parity", _parity(variant.parity)))
         if variant.golden in sealed:
             continue
         golden = decode_msgpack(bundle.blob(variant.golden), GoldenSet, name="golden samples")

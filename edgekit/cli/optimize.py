@@ -27,7 +27,9 @@ MARKS = {"chosen": "chosen", "passed": "meets", "missed": "misses", "failed": "f
 @app.command()
 def optimize(
     model: str = typer.Argument(help="An .onnx file, package.module:factory or file.py:factory (torch), or a TrainTask."),
-    target: str = typer.Option(..., "--target", "-t", help="Name of a target profile, or a .toml file; host is this machine."),
+    target: list[str] = typer.Option(
+        ..., "--target", "-t", help="Name of a target profile, or a .toml file; host is this machine. Several make variants."
+    ),
     data: str = typer.Option(
         ..., "--data", "-d", help="Calibration data: .npz, folder of images, .csv, .parquet, module:function."
     ),
@@ -62,7 +64,8 @@ def optimize(
     """Find the fastest form of MODEL that meets the budget on the target, and prove it.
 
     Every candidate is made, evaluated on the same data and timed in one interleaved run. Exit 0: the budget is met. Exit 1: it
-    is not; the best candidate is written all the same.
+    is not; the best candidate is written all the same. With several targets each has its folder below the output folder, and
+    edgekit bundle pack makes one release of them.
     """
     from edgekit.compiler.preparation import OptimizeRequest
 
@@ -70,7 +73,7 @@ def optimize(
         raise UsageError("effort.unknown", f"{effort}: no such effort.", hint=f"Choose from {', '.join(EFFORTS)}.")
     request = OptimizeRequest(
         model=model,
-        target=target,
+        target=target[0],
         data=data,
         evaluation=evaluation,
         metric=metric,
@@ -85,13 +88,92 @@ def optimize(
         time_limit=time_limit,
         latency_table=latency_table,
     )
+    if len(target) > 1:
+        requests = _requests_by_target(request, target)
+        return _run_several(requests, is_dry_run=is_dry_run, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
     if is_dry_run:
         _print_plan(request, is_json=is_json, is_quiet=is_quiet)
         return 0
     return _run(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
 
 
+def _requests_by_target(request: OptimizeRequest, targets: list[str]) -> dict[str, OptimizeRequest]:
+    """One request a target, each with a folder of its own below the output folder.
+
+    Raises:
+        UsageError: ``target.twice``.
+    """
+    from edgekit.compiler.output import default_out
+    from edgekit.compiler.source import stem_of
+    from edgekit.target.load import load_target
+
+    names = [load_target(text).name for text in targets]
+    if len(set(names)) != len(names):
+        raise UsageError("target.twice", f"--target {', '.join(names)}: a target is named twice.", hint="Name each once.")
+    base = request.out or default_out(stem_of(request.model), "variants")
+    return {name: replace(request, target=text, out=base / name) for name, text in zip(names, targets, strict=True)}
+
+
+def _run_several(
+    requests: dict[str, OptimizeRequest], *, is_dry_run: bool, is_json: bool, is_quiet: bool, is_strict: bool
+) -> int:
+    """Optimize for one target after the other, and list the results for ``bundle pack``."""
+    from edgekit.durable import write_durably
+    from edgekit.schema.base import encode_json
+    from edgekit.schema.variants import VARIANTS_FILE, MadeVariant, VariantList
+
+    results: list[tuple[OptimizeResult, bool]] = []
+    for number, (name, request) in enumerate(requests.items(), 1):
+        note(f"target {number} of {len(requests)}: {name}", "bold")
+        if is_dry_run:
+            _print_plan(request, is_json=is_json, is_quiet=is_quiet)
+            continue
+        results.append(_optimize(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict))
+    if is_dry_run:
+        return 0
+    base = next(iter(requests.values())).out
+    assert base is not None, "every target's folder was named"
+    base = base.parent
+    made = [
+        MadeVariant(
+            target=result.target.name,
+            folder=result.target.name,
+            candidate=result.chosen.name,
+            is_budget_met=result.is_budget_met,
+        )
+        for result, _ in results
+    ]
+    write_durably(base / VARIANTS_FILE, encode_json(VariantList(variants=tuple(made))))
+    if is_json:
+        out_json([result.chosen for result, _ in results])
+    else:
+        _print_variants([result for result, _ in results], base)
+    return 0 if all(is_good for _, is_good in results) else 1
+
+
+def _print_variants(results: list[OptimizeResult], base: Path) -> None:
+    rows = []
+    for result in results:
+        chosen = result.chosen
+        size = f"{chosen.artifact.size_bytes / 1000:.1f}" if chosen.artifact else "-"
+        latency = chosen.latency
+        where = "measured" if latency and latency.is_on_target else "host"
+        time = f"{latency.p50_ms:.3f} ({where})" if latency else "-"
+        rows.append([result.target.name, chosen.name, time, size, "met" if result.is_budget_met else "missed"])
+    out()
+    out(table(["target", "candidate", "p50 ms", "kB", "budget"], rows, right=[3]))
+    out(f"one release of them: edgekit bundle pack {base} --name NAME --version VERSION --key KEY")
+
+
 def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool, is_strict: bool) -> int:
+    result, is_good = _optimize(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
+    if is_json:
+        out_json(result.chosen)
+    return 0 if is_good else 1
+
+
+def _optimize(request: OptimizeRequest, *, is_json: bool, is_quiet: bool, is_strict: bool) -> tuple[OptimizeResult, bool]:
+    """Run, tell about it but for JSON, and say whether the answer is yes."""
     from edgekit.compiler.output import WORK, default_out
     from edgekit.compiler.pipeline import optimize as run
 
@@ -107,14 +189,12 @@ def _run(request: OptimizeRequest, *, is_json: bool, is_quiet: bool, is_strict: 
     folder = request.out or default_out(_stem_of(result), result.target.name)
     for text in result.warnings:
         warn(text)
-    if is_json:
-        out_json(result.chosen)
-    else:
+    if not is_json:
         _print_result(result, folder)
     unmeant = _find_unmeant(result) if is_strict else []
     for text in unmeant:
         note(f"--strict: {text}", "red")
-    return 0 if result.is_budget_met and not unmeant else 1
+    return result, result.is_budget_met and not unmeant
 
 
 def _find_unmeant(result: OptimizeResult) -> list[str]:

@@ -131,11 +131,12 @@ def publish(
         store.give(role_keys)
         bench = Workbench.open(store, now=moment)
         existing = _existing(bench, bundle.manifest, bundle.manifest_digest, channel, is_again=is_again)
-        keep_envelope(store, bundle)
         if existing is not None:
+            keep_envelope(store, bundle)  # it may bring a further publisher's signature
             return existing
         check_recalls(bench, bundle.manifest, bundle.manifest_digest)
         store_blobs(store, bundle)
+        keep_envelope(store, bundle)
         info = new_info(bench, bundle.manifest, channel, now=moment)
         info = msgspec.structs.replace(info, notes=notes, valid_until=valid_until, fallback=fallback)
         if delta_maker is not None:
@@ -218,10 +219,16 @@ def new_info(bench: Workbench, manifest: Manifest, channel: str, *, now: datetim
         channel=channel,
         counter=1 + max(counters, default=0),
         published_at=now,
-        installed_bytes=sum(ref.size_bytes for ref in manifest.blobs),
+        installed_bytes=_installed_bytes(manifest),
         runtimes=tuple(dict.fromkeys(variant.requires.runtime for variant in manifest.variants)),
         parent=f"{head.info.name}@{head.info.version}" if head else "",
     )
+
+
+def _installed_bytes(manifest: Manifest) -> int:
+    """What the largest variant takes on a device."""
+    size = {ref.digest: ref.sealed.size_bytes if ref.sealed else ref.size_bytes for ref in manifest.blobs}
+    return max(size.get(variant.model, 0) + size.get(variant.golden, 0) for variant in manifest.variants)
 
 
 def add_release(

@@ -10,7 +10,8 @@ verified as the bytes that were signed, so nothing is lost by that. Hand-written
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -18,6 +19,10 @@ from edgekit.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 Scalar = str | int | float | bool | None
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
+"""A time with its zone: one without cannot be compared with a clock."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+"""A number that every JSON reader, MessagePack and every database keep exactly."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +35,15 @@ R = TypeVar("R")
 def encode_json(record: Any) -> bytes:
     """Canonical JSON: fields in declared order, two-space indent, one newline at the end."""
     return msgspec.json.format(msgspec.json.encode(record, order="deterministic"), indent=2) + b"\n"
+
+
+def is_canonical_json(data: bytes) -> bool:
+    """Whether the bytes are what this project writes for the same JSON; fields that are not known here may be in it."""
+    try:
+        again = msgspec.json.format(msgspec.json.encode(msgspec.json.decode(data)), indent=2) + b"\n"
+    except (msgspec.DecodeError, msgspec.EncodeError, UnicodeError, OverflowError, RecursionError):
+        return False
+    return bool(again == data)
 
 
 def decode_json(data: bytes | str, kind: type[R], *, name: str = "record") -> R:

@@ -7,13 +7,12 @@ candidate is the first variant's; each further variant names its own candidate's
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
 
 from edgekit.schema.artifact import ModelFormat
-from edgekit.schema.base import SCHEMA_VERSION, Record
+from edgekit.schema.base import SCHEMA_VERSION, Count, Moment, Record
 from edgekit.schema.candidate import Candidate
 from edgekit.schema.contract import Contract
 from edgekit.schema.digest import Digest
@@ -34,7 +33,7 @@ class Sealed(Record, frozen=True, kw_only=True):
     """
 
     digest: Digest
-    size_bytes: int
+    size_bytes: Count
     recipients: tuple[str, ...]
     """``age1...``, for people: who can open it."""
     scheme: Literal["age"] = "age"
@@ -46,7 +45,7 @@ class BlobRef(Record, frozen=True, kw_only=True):
     path: str
     role: BlobRole
     digest: Digest
-    size_bytes: int
+    size_bytes: Count
     sealed: Sealed | None = None
 
 
@@ -58,6 +57,9 @@ class Requires(Record, frozen=True, kw_only=True):
     """Minimum version of the runtime, for example ``1.32``."""
     arch: tuple[str, ...] = ()
     isa: tuple[str, ...] = ()
+    """All of these."""
+    isa_any: tuple[str, ...] = ()
+    """At least one of these."""
     ram_mb: float | None = None
 
 
@@ -101,7 +103,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     name: ModelName
     version: ModelVersion
-    created_at: datetime
+    created_at: Moment
     target: str
     contract: Contract
     variants: tuple[Variant, ...]

@@ -7,10 +7,9 @@ The target ``recalls.json`` carries the :class:`RecallList`, in the file and in 
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Literal
 
-from edgekit.schema.base import SCHEMA_VERSION, Record
+from edgekit.schema.base import SCHEMA_VERSION, Count, Moment, Record
 from edgekit.schema.digest import Digest
 from edgekit.schema.manifest import ModelName, ModelVersion
 from edgekit.schema.target import RuntimeName
@@ -28,7 +27,7 @@ class DeltaRef(Record, frozen=True, kw_only=True):
     base: Digest
     target: Digest
     digest: Digest
-    size_bytes: int
+    size_bytes: Count
     codec: DeltaCodec
 
 
@@ -37,7 +36,7 @@ class Recall(Record, frozen=True, kw_only=True):
 
     digest: Digest
     """Of a model file or of a manifest."""
-    deadline: datetime
+    deadline: Moment
     reason: str
     fallback: Fallback = "previous"
 
@@ -55,16 +54,16 @@ class ReleaseInfo(Record, frozen=True, kw_only=True):
     name: ModelName
     version: ModelVersion
     channel: str
-    counter: int
-    published_at: datetime
-    installed_bytes: int
+    counter: Count
+    published_at: Moment
+    installed_bytes: Count
     """Sum of the blobs' sizes, for the disk check before the download."""
     runtimes: tuple[RuntimeName, ...]
     notes: str = ""
     parent: str = ""
     """``<name>@<version>`` of the release that it replaced on its channel."""
     deltas: tuple[DeltaRef, ...] = ()
-    valid_until: datetime | None = None
+    valid_until: Moment | None = None
     """From then on a device does what ``fallback`` says, online or not."""
     fallback: Fallback = "report"
 
@@ -75,4 +74,4 @@ class Release(Record, frozen=True, kw_only=True):
     info: ReleaseInfo
     manifest_path: str
     manifest_digest: Digest
-    manifest_size_bytes: int
+    manifest_size_bytes: Count

@@ -46,7 +46,7 @@ class Refusal(Record, frozen=True, kw_only=True):
 
 
 class Floors(Record, frozen=True, kw_only=True):
-    """Anti-rollback floors; they never decrease, except that a new root version resets snapshot and timestamp.
+    """Anti-rollback floors; they never decrease, except that a new root version resets the online roles and targets.
 
     ``releases`` maps a model's name to its highest committed release counter; ``time`` is the latest verified time;
     ``delegated`` has the versions of delegated targets roles.

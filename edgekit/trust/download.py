@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from edgekit.durable import make_folder, sync_folder
 from edgekit.errors import DeviceError, EdgekitError, TrustError
 from edgekit.schema.digest import CHUNK_BYTES, digest_file, hex_of, short
 from edgekit.schema.manifest import BlobRef
@@ -72,7 +73,7 @@ def download_blob(
     """
     job = _Job(base_url=base_url.rstrip("/"), ref=ref, part_dir=part_dir, on_progress=on_progress)
     try:
-        part_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(part_dir)
         if job.final.is_file():
             if digest_file(job.final) == ref.digest:
                 return job.final
@@ -217,8 +218,12 @@ def _restart(file: BinaryIO) -> tuple[hashlib._Hash, int]:
 
 def _open_part(path: Path) -> BinaryIO:
     """Open for reading and writing; unbuffered, so that a full disk shows in the write that hits it."""
+    is_new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    return os.fdopen(descriptor, "r+b", buffering=0)
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    if is_new:
+        sync_folder(path.parent)  # what is fsynced of a file without a name is lost
+    return file
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
@@ -239,11 +244,7 @@ def _check_space(job: _Job, needed: int) -> None:
 
 def _finish(job: _Job) -> Path:
     job.part.replace(job.final)
-    folder = os.open(job.part_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(job.part_dir)
     job.tell(job.ref.size_bytes)
     return job.final
 

@@ -1,8 +1,8 @@
 """Anti-rollback floors, pure: what a device has seen, it never accepts less of again.
 
 TUF's own cache is not fsynced and can be wiped; these floors live in the agent's durable state and decide independently of it.
-They never decrease, with the one exception that TUF makes (specification 5.3.11): a new root version resets snapshot and
-timestamp, so that the owner can recover from stolen online keys that signed absurdly high versions.
+They never decrease, with the one exception that TUF makes (specification 5.3.11): a new root version resets timestamp,
+snapshot and targets, so that the owner can recover from stolen online keys that signed absurdly high versions.
 
     >>> check_roles(Floors(targets=7), RoleVersions(root=1, timestamp=9, snapshot=8, targets=6))
     Traceback (most recent call last):
@@ -42,7 +42,7 @@ def check_roles(floors: Floors, seen: RoleVersions) -> None:
     Raises:
         TrustError: ``trust.rollback`` naming the role and both versions.
     """
-    roles = ("root", "targets") if seen.root > floors.root else ("root", "timestamp", "snapshot", "targets")
+    roles = ("root",) if seen.root > floors.root else ("root", "timestamp", "snapshot", "targets")
     for role in roles:
         version, floor = getattr(seen, role), getattr(floors, role)
         if version < floor:
@@ -72,7 +72,7 @@ def raise_roles(floors: Floors, seen: RoleVersions, now: datetime) -> Floors:
         root=max(floors.root, seen.root),
         timestamp=seen.timestamp if is_new_root else max(floors.timestamp, seen.timestamp),
         snapshot=seen.snapshot if is_new_root else max(floors.snapshot, seen.snapshot),
-        targets=max(floors.targets, seen.targets),
+        targets=seen.targets if is_new_root else max(floors.targets, seen.targets),
         time=reference_time(floors, now),
         delegated=delegated,
     )

@@ -20,7 +20,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from tuf.api.metadata import DelegatedRole, Key, Role, Root, TargetFile, Targets
 from tuf.ngclient import Updater, UpdaterConfig  # type: ignore[attr-defined]
 
 from edgekit.errors import DeviceError, RepositoryError, TrustError
+from edgekit.schema.base import encode_json
 from edgekit.schema.release import RECALLS_PATH, Recall, RecallList, Release
 from edgekit.trust.fetcher import BoundedFetcher
 from edgekit.trust.floors import RoleVersions
@@ -79,17 +81,9 @@ def refresh_metadata(
         DeviceError: ``device.disk_full`` or ``device.storage``.
     """
     fetcher = BoundedFetcher(transport)
-    try:
-        updater, delegated = _refresh(metadata_dir, metadata_url, root, time=time, fetcher=fetcher, model=model)
-    except OSError as error:
-        if error.errno in _NOT_CURED_BY_A_NEW_CACHE:
-            _raise_storage(error, metadata_dir)
-        logger.warning("metadata cache is damaged, making a new one: path=%s error=%s", metadata_dir, error)
-        _remove(metadata_dir)
-        try:
-            updater, delegated = _refresh(metadata_dir, metadata_url, root, time=time, fetcher=fetcher, model=model)
-        except OSError as second:
-            _raise_storage(second, metadata_dir)
+    updater = open_metadata(metadata_dir, metadata_url, root=root, time=time, fetcher=fetcher)
+    with translated(metadata_url):
+        delegated = _load_delegated(updater, model)
     trusted = updater._trusted_set  # noqa: SLF001 - python-tuf has no public view of it; tuf is pinned below 8
     try:
         _sync_tree(metadata_dir)
@@ -118,9 +112,26 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refresh(
-    metadata_dir: Path, url: str, root: bytes, *, time: datetime, fetcher: BoundedFetcher, model: str
-) -> tuple[Updater, dict[str, Targets]]:
+def open_metadata(metadata_dir: Path, url: str, *, root: bytes, time: datetime, fetcher: BoundedFetcher) -> Updater:
+    """Refresh the top roles, and give python-tuf's client that did; a damaged cache is made anew.
+
+    Raises:
+        RepositoryError, TrustError, DeviceError: as :func:`refresh_metadata`.
+    """
+    try:
+        return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+    except OSError as error:
+        if error.errno in _NOT_CURED_BY_A_NEW_CACHE:
+            _raise_storage(error, metadata_dir)
+        logger.warning("metadata cache is damaged, making a new one: path=%s error=%s", metadata_dir, error)
+    _remove(metadata_dir)
+    try:
+        return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+    except OSError as second:
+        _raise_storage(second, metadata_dir)
+
+
+def _refresh(metadata_dir: Path, url: str, root: bytes, *, time: datetime, fetcher: BoundedFetcher) -> Updater:
     metadata_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
     try:
         updater = Updater(str(metadata_dir), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
@@ -131,15 +142,21 @@ def _refresh(
             hint="Provision the repository's metadata/1.root.json, unchanged.",
         ) from error
     updater._trusted_set.reference_time = time  # noqa: SLF001 - the only way to set it; a test holds it
-    try:
+    with translated(url):
         updater.refresh()
         refuse_duplicate_keys(updater._trusted_set.root)  # noqa: SLF001 - no public view of it
-        delegated = _load_delegated(updater, model)
+    return updater
+
+
+@contextmanager
+def translated(url: str) -> Iterator[None]:
+    """Errors of python-tuf as ours."""
+    try:
+        yield
     except exceptions.DownloadError as error:
         _raise_download(error, url)
     except exceptions.RepositoryError as error:
         _raise_refused(error)
-    return updater, delegated
 
 
 def _load_delegated(updater: Updater, model: str) -> dict[str, Targets]:
@@ -215,7 +232,7 @@ def refuse_duplicate_keys(delegator: Root | Targets) -> None:
     """python-tuf counts key ids; thresholds are about different keys.
 
     Raises:
-        TrustError: ``trust.duplicate_key``.
+        TrustError: ``trust.duplicate_key``, or ``trust.metadata`` when a name or a key id is no text.
     """
     roles: Mapping[str, Role] = {}
     keys: Mapping[str, Key] = {}
@@ -226,6 +243,8 @@ def refuse_duplicate_keys(delegator: Root | Targets) -> None:
         roles = delegator.delegations.roles or ({"bins": succinct} if succinct else {})
         keys = delegator.delegations.keys
     for name, role in roles.items():
+        if not all(_is_text(word) for word in (name, *role.keyids)):
+            raise TrustError("trust.metadata", f"a role's name or one of its key ids is no text: {name!r:.80}.")
         found = [_material(keys[keyid]) for keyid in role.keyids if keyid in keys]
         if len(set(found)) != len(found):
             raise TrustError(
@@ -233,6 +252,17 @@ def refuse_duplicate_keys(delegator: Root | Targets) -> None:
                 f"the {delegator.type} metadata lists one key of the role {name} twice: its threshold means nothing.",
                 hint=f"The owner of the repository must sign new {delegator.type} metadata.",
             )
+
+
+def _is_text(word: object) -> bool:
+    """Whether it can be written to a file: JSON may hold half a character, and python-tuf does not look at key ids."""
+    if not isinstance(word, str):
+        return False
+    try:
+        word.encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _material(key: Key) -> bytes:
@@ -291,7 +321,8 @@ def recalls_of(targets: Targets) -> tuple[Recall, ...]:
         return ()
     try:
         found = msgspec.convert(target.custom, RecallList)
-    except msgspec.ValidationError as error:
+        encode_json(found)  # python-tuf's JSON may hold half a character, which no state file can keep
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise TrustError("trust.metadata", f"{RECALLS_PATH}: the list of recalled models cannot be read: {error}.") from error
     if len(found.recalls) > MAX_RECALLS:
         raise TrustError("trust.metadata", f"{RECALLS_PATH}: more than {MAX_RECALLS} recalls.")
@@ -312,7 +343,8 @@ def _release(path: str, target: TargetFile) -> Release | None:
     }
     try:
         release = msgspec.convert(record, Release)
-    except msgspec.ValidationError as error:
+        encode_json(release)  # as above
+    except (msgspec.ValidationError, UnicodeError) as error:
         logger.warning("release cannot be read, passed over: path=%s error=%s", path, error)
         return None
     name, version, channel = match.groups()

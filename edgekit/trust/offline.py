@@ -140,7 +140,11 @@ def _delegated(metadata: Path, targets: Targets, floors: Floors, time: datetime,
 
 
 def _raised(floors: Floors, root: int, targets: int, delegated: dict[str, int]) -> Floors:
-    """A new root resets the online roles' floors, as online; the time is not raised: nobody fresh vouched for it."""
+    """A new root resets the online roles' floors, as online; the time is not raised: nobody fresh vouched for it.
+
+    The floor of targets stays, other than online: here no snapshot vouches for them, and a new root is a public file that
+    anybody could put beside old targets.
+    """
     is_new_root = root > floors.root
     return msgspec.structs.replace(
         floors,

@@ -183,3 +183,13 @@ def test_stick_goes_only_into_a_folder_of_its_own(world, stick, tmp_path):
     assert made.releases[0].info.version == "1.0"
     assert role_signers(world.folder, "root")  # keys are not on the stick
     assert not list(stick.rglob("*.pem"))
+
+
+def test_old_targets_beside_a_new_root_are_refused(world, stick, tmp_path):
+    """A new root is public: put beside an old stick's targets it must not make them acceptable."""
+    world.publish("2.0", seed=2)
+    make_stick(world.folder, tmp_path / "newer", names=("m",))
+    floors = read(world, tmp_path / "newer").floors
+    rotate(world.folder, "timestamp", old="timestamp", new="generate")
+    shutil.copy(world.folder / "metadata" / "2.root.json", stick / "metadata" / "2.root.json")
+    assert refused(world, stick, floors=floors) == "trust.rollback"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import lzma
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -44,6 +45,8 @@ MAX_TABLE_BYTES = MAX_TABLES * 512
 MAX_BLOCK_BYTES = 4 * BLOCK_BYTES
 MAX_HDIFF_BYTES = 256 << 20
 """hdiffpatch works in memory; larger deltas and results are not applied with it."""
+_HDIFF_NAME = re.compile(rb"HDIFF13&[a-z0-9]{0,16}\0")
+_MAX_VARINT_BYTES = 9
 Bytes = NDArray[np.uint8]
 
 
@@ -75,22 +78,23 @@ class _Writer:
     """Counts, bounds and hashes what is written."""
 
     def __init__(self, out: BinaryIO, size: int) -> None:
-        self._out, self._size, self._written = out, size, 0
+        self._out, self._written = out, 0
+        self.size_bytes = size
         self._state = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> None:
         self._written += len(data)
-        if self._written > self._size:
+        if self._written > self.size_bytes:
             raise malformed("it makes more than the result's signed size")
         self._state.update(data)
         self._out.write(data)
 
     def check(self, ref: DeltaRef) -> None:
-        if self._written != self._size or "sha256:" + self._state.hexdigest() != ref.target:
+        if self._written != self.size_bytes or "sha256:" + self._state.hexdigest() != ref.target:
             raise TrustError(
                 "delta.digest_mismatch",
                 f"delta: its result has sha256:{self._state.hexdigest()[:12]}… ({self._written} bytes), "
-                f"signed is sha256:{short(ref.target)}… ({self._size} bytes).",
+                f"signed is sha256:{short(ref.target)}… ({self.size_bytes} bytes).",
                 hint="The whole file is fetched.",
             )
 
@@ -120,14 +124,27 @@ def _apply_hdiff(delta: BinaryIO, base: Path, writer: _Writer) -> None:
     data = delta.read(MAX_HDIFF_BYTES + 1)
     if len(data) > MAX_HDIFF_BYTES or base.stat().st_size > MAX_HDIFF_BYTES:
         raise malformed("it is larger than what is applied in memory")
+    if _hdiff_result_size(data) != writer.size_bytes:
+        raise malformed("it does not make the result's signed size")
     try:
         result = hdiffpatch.apply(base.read_bytes(), data)
-    except (MemoryError, OSError):
+    except OSError:
         raise
     except Exception as error:  # the package raises its own types
         raise malformed(f"hdiffpatch cannot apply it: {error}") from error
     for at in range(0, len(result), CHUNK_BYTES):
         writer.write(memoryview(result)[at : at + CHUNK_BYTES])
+
+
+def _hdiff_result_size(data: bytes) -> int:
+    """What hdiffpatch allocates before it looks at anything else: the first number behind the format's name."""
+    name = _HDIFF_NAME.match(data)
+    size = 0
+    for byte in data[name.end() : name.end() + _MAX_VARINT_BYTES] if name else b"":
+        size = size << 7 | byte & 0x7F
+        if byte < 0x80:
+            return size
+    raise malformed("it is not one of hdiffpatch")
 
 
 # --- tsub1
@@ -145,6 +162,8 @@ def read_header(delta: BinaryIO) -> tuple[Header, int]:
 
 def _apply_tsub(delta: BinaryIO, base: Path, writer: _Writer) -> None:
     header, end = read_header(delta)
+    if header.base_size != base.stat().st_size or header.target_size > writer.size_bytes:
+        raise malformed("it is for files of other sizes")
     parts = _Parts(delta, header, end)
     with base.open("rb") as old:
         for region in header.regions:

@@ -308,7 +308,7 @@ def _check_region(region: Region, header: Header) -> None:
         raise malformed("a region lies outside the base")
     if region.kind == Kind.PRODUCT and (region.offset >= 1 << 32 or region.length != 4 * region.scales):
         raise malformed("a product does not fit")
-    if region.kind == Kind.WIDE and (region.width not in {2, 4} or region.length % region.width):
+    if region.width not in ({2, 4} if region.kind == Kind.WIDE else {1}) or region.length % region.width:
         raise malformed("a region has a wrong width")
     if region.kind in {Kind.SUBTRACT, Kind.RESCALE}:
         per = region.channels * region.inner
