@@ -58,17 +58,24 @@ _REFETCH = "Fetch the file again; if it is still refused, it was changed on the 
 
 
 class _Sums:
-    """SHA-256 and CRC-32 of the same bytes."""
+    """SHA-256 and CRC-32 of the same bytes, the first in a thread beside: both leave the interpreter's lock alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: ThreadPoolExecutor) -> None:
         self._state, self.crc32 = hashlib.sha256(), 0
+        self._beside = beside
+        self._hashing: deque[Future[None]] = deque()
 
     def update(self, chunk: bytes) -> None:
-        self._state.update(chunk)
+        """More bytes; at most a few chunks wait to be hashed."""
+        self._hashing.append(self._beside.submit(self._state.update, chunk))
         self.crc32 = zlib.crc32(chunk, self.crc32)
+        if len(self._hashing) > _CHUNKS_AHEAD:
+            self._hashing.popleft().result()
 
-    @property
     def digest(self) -> str:
+        """Of everything so far."""
+        while self._hashing:
+            self._hashing.popleft().result()
         return "sha256:" + self._state.hexdigest()
 
 
@@ -99,18 +106,14 @@ class Bundle:
         if ref is None:
             raise UsageError("bundle.no_such_blob", f"{self.path.name}: no blob {digest} in this bundle.")
         offset, expected_crc = self._places[digest]
-        sums = _Sums()
         with self.path.open("rb") as file, ThreadPoolExecutor(1) as beside:
+            sums = _Sums(beside)
             file.seek(offset)
-            hashing: deque[Future[None]] = deque()
             for chunk in _read_chunks(file, ref.size_bytes):
-                hashing.append(beside.submit(sums.update, chunk))
+                sums.update(chunk)
                 yield chunk
-                if len(hashing) > _CHUNKS_AHEAD:
-                    hashing.popleft().result()
-            for task in hashing:
-                task.result()
-        if sums.digest != digest or sums.crc32 != expected_crc:
+            found = sums.digest()
+        if found != digest or sums.crc32 != expected_crc:
             raise TrustError(
                 "bundle.digest_mismatch", f"{self.path.name}: {ref.path} changed after it was checked.", hint=_REFETCH
             )
@@ -161,10 +164,13 @@ def _inconsistency(manifest: Manifest) -> str:
     for ref in manifest.blobs:
         if not _BLOB_PATH.match(ref.path) or ref.size_bytes < 0:
             return f"the blob {ref.path[:64]!r} has a path or size that is not allowed"
+    return _variant_fault(manifest) or _sealing_fault(manifest) or _threshold_fault(manifest)
+
+
+def _variant_fault(manifest: Manifest) -> str:
+    """What is wrong with the variants; empty when nothing is."""
     if not manifest.variants:
         return "it has no variant"
-    if why := _sealing_fault(manifest) or _threshold_fault(manifest):
-        return why
     names = [variant.name for variant in manifest.variants]
     if len(set(names)) != len(names):
         return "two variants have one name"
@@ -243,13 +249,15 @@ def _check_size(placed: Placed, ref: BlobRef, name: str) -> None:
 def _check_blob(file: BinaryIO, placed: Placed, ref: BlobRef, name: str) -> None:
     """Check 4 for one blob's content."""
     file.seek(placed.data_offset)
-    sums = _Sums()
-    for chunk in _read_chunks(file, ref.size_bytes):
-        sums.update(chunk)
-    if sums.digest != ref.digest:
+    with ThreadPoolExecutor(1) as beside:
+        sums = _Sums(beside)
+        for chunk in _read_chunks(file, ref.size_bytes):
+            sums.update(chunk)
+        found = sums.digest()
+    if found != ref.digest:
         raise TrustError(
             "bundle.digest_mismatch",
-            f"{name}: the digest of {ref.path} is sha256:{short(sums.digest)}…, the manifest says sha256:{short(ref.digest)}…; "
+            f"{name}: the digest of {ref.path} is sha256:{short(found)}…, the manifest says sha256:{short(ref.digest)}…; "
             "the file changed after signing.",
             hint=_REFETCH,
         )

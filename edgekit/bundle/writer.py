@@ -22,9 +22,9 @@ import msgspec
 
 from edgekit import __version__
 from edgekit.bundle.layout import MANIFEST_NAME, SIGNATURE_NAME, Entry, arrange, blob_name
-from edgekit.bundle.reader import parse_manifest, read_bundle
 from edgekit.bundle.parity import MAX_SAMPLES as MAX_PARITY_SAMPLES
 from edgekit.bundle.parity import check_contract, check_parity, measure_parity
+from edgekit.bundle.reader import parse_manifest, read_bundle
 from edgekit.bundle.sampling import OpenedModel, Samples, make_golden, sample_feeds
 from edgekit.bundle.selection import requires_of
 from edgekit.durable import sync_folder, write_durably
