@@ -17,6 +17,10 @@ from edgekit.schema.digest import CHUNK_BYTES
 from edgekit.schema.release import Release
 
 
+_NEEDED = frozenset({"model", "golden"})
+"""What a device fetches; evidence stays in the repository."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StickMade:
     """What was written."""
@@ -47,7 +51,8 @@ def make_stick(folder: Path, out: Path, *, names: tuple[str, ...], channel: str 
     for release in releases:
         manifest, _ = load_manifest(folder, release)
         path = manifest_file(folder, release)
-        files |= {blob.relative_to(folder): blob for blob in (folder / blob_name(ref.digest) for ref in manifest.blobs)}
+        needed = [ref for ref in manifest.blobs if ref.role in _NEEDED]
+        files |= {blob.relative_to(folder): blob for blob in (folder / blob_name(ref.digest) for ref in needed)}
         files[path.relative_to(folder)] = path
     files |= {path.relative_to(folder): path for path in sorted((folder / "metadata").glob("*.root.json"))}
     for role in delegated_roles(chain.targets):
