@@ -128,8 +128,9 @@ def _break(demo: Demo, bundle: Path, version: str) -> Path:
     import numpy as np
     import onnx
 
+    from edgekit.bundle.provenance.attach import attach_evidence
     from edgekit.bundle.reader import read_bundle
-    from edgekit.bundle.writer import write_bundle
+    from edgekit.bundle.writer import Draft, write_bundle
     from edgekit.schema.digest import digest_bytes
     from edgekit.trust.signer import load_signer
 
@@ -151,8 +152,9 @@ def _break(demo: Demo, bundle: Path, version: str) -> Path:
     manifest = msgspec.structs.replace(
         source.manifest, version=version, blobs=refs, variants=(msgspec.structs.replace(variant, model=digest),)
     )
+    draft = attach_evidence(Draft(manifest, blobs))
     signer = load_signer(demo.folder / "keys" / "publisher.pem")
-    return write_bundle(manifest, blobs, signer=signer, out=demo.folder / f"{MODEL}-{version}.edgekit")
+    return write_bundle(draft.manifest, draft.blobs, signer=signer, out=demo.folder / f"{MODEL}-{version}.edgekit")
 
 
 def _start_servers(demo: Demo, count: int) -> None:
