@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edgekit.durable import write_durably
 from edgekit.errors import EdgekitError
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.state import Floors
@@ -45,7 +46,7 @@ def main() -> int:
         updater, raised = refresh_top_roles(
             folder, options.metadata_url, root=root, floors=floors, now=datetime.now(UTC), transport=transport
         )
-        path.write_bytes(encode_json(raised))
+        write_durably(path, encode_json(raised))
         if options.command == "download":
             where = options.target_dir
             fetch_targets(updater, options.target_name, targets_url=options.target_base_url, out=where, transport=transport)

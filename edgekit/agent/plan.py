@@ -134,14 +134,21 @@ def _obstacle(variant: Variant, facts: DeviceFacts) -> str:
         return f"needs {requires.runtime}, installed: {', '.join(sorted(facts.runtimes)) or 'no runtime'}"
     if requires.runtime_version and parse_version(installed) < parse_version(requires.runtime_version):
         return f"needs {requires.runtime} {requires.runtime_version} or newer, installed: {installed}"
+    if why := _processor_obstacle(variant, facts):
+        return why
+    if requires.ram_mb is not None and requires.ram_mb > facts.ram_mb:
+        return f"needs {requires.ram_mb:g} MB of memory, this device has {facts.ram_mb:g} MB"
+    return ""
+
+
+def _processor_obstacle(variant: Variant, facts: DeviceFacts) -> str:
+    requires = variant.requires
     if requires.arch and facts.arch not in requires.arch:
         return f"needs {' or '.join(requires.arch)}, this device is {facts.arch}"
     if missing := [flag for flag in requires.isa if flag not in facts.isa]:
         return f"needs {' '.join(missing)}, this processor lacks it"
     if requires.isa_any and not set(requires.isa_any) & set(facts.isa):
         return f"needs {' or '.join(requires.isa_any)}, this processor has neither"
-    if requires.ram_mb is not None and requires.ram_mb > facts.ram_mb:
-        return f"needs {requires.ram_mb:g} MB of memory, this device has {facts.ram_mb:g} MB"
     return ""
 
 

@@ -85,7 +85,13 @@ def serve(
     server.run(ready)
 
 
-def _get(url: str, path: str) -> Any:
+def get_json(url: str, path: str) -> Any:
+    """What a fleet server answers.
+
+    Raises:
+        UsageError: ``fleet.url``.
+        EnvironmentFault: ``fleet.unreachable`` or ``fleet.refused``.
+    """
     request = urllib.request.Request(url.rstrip("/") + path)  # noqa: S310 - checked below
     if request.type not in {"http", "https"}:
         raise UsageError("fleet.url", f"{url}: not an http(s) URL.", hint="Give --url http://127.0.0.1:8420.")
@@ -109,12 +115,13 @@ def _get(url: str, path: str) -> Any:
         ) from error
 
 
-def _all_devices(url: str, state: str) -> list[dict[str, Any]]:
+def all_devices(url: str, state: str) -> list[dict[str, Any]]:
+    """Every device, page by page; ``state`` as ``/api/v1/devices`` takes it."""
     found: list[dict[str, Any]] = []
     after = ""
     while True:
         query = urllib.parse.urlencode({"state": state, "after": after, "limit": _PAGE})
-        page = _get(url, f"/api/v1/devices?{query}")
+        page = get_json(url, f"/api/v1/devices?{query}")
         found += page["devices"]
         after = page["next"]
         if not after:
@@ -167,7 +174,7 @@ def devices(
     """List devices with state, release, latency, throughput and when they were last seen."""
     if state not in {"", "online", "stale", "offline"}:
         raise UsageError("fleet.state", f"--state {state}: no such state.", hint="Choose online, stale or offline.")
-    found = _all_stored(database, state) if database else _all_devices(url, state)
+    found = _all_stored(database, state) if database else all_devices(url, state)
     if json:
         out_json(found)
         return

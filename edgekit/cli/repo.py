@@ -1,4 +1,7 @@
-"""``edgekit repo``: create an update repository, trust publishers, publish, look, refresh, serve."""
+"""``edgekit repo``: create an update repository, trust publishers, publish, look, refresh, serve.
+
+What happens to releases afterwards is in :mod:`edgekit.cli.repo_release`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from edgekit.cli import repo_release, repo_stick
 from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
+from edgekit.cli.moment import parse_moment
+from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgekit.repository.ceremony import RepositoryStatus
+    from edgekit.schema.release import Release
 
 app = typer.Typer(
-    help="The update repository: init, trust, publish, status, refresh, serve.",
+    help="The update repository: publish and serve releases; promote, recall, trace and prune them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,19 +65,34 @@ def publish(
     key: list[Path] = typer.Option([], "--key", metavar="PUB", help="Trust this publisher for this once."),
     again: bool = typer.Option(False, "--again", help="Publish an old release again, as the newest: rolls devices back."),
     notes: str = typer.Option("", "--notes", help="For people."),
+    valid_until: str = typer.Option("", "--valid-until", metavar="DATE", help="2027-06-30, with a time, or +90d; UTC."),
+    fallback: str = typer.Option("report", "--fallback", help="What devices do from then on: previous, abstain or report."),
+    no_delta: bool = typer.Option(False, "--no-delta", help="Make no deltas from the channel's newest releases."),
+    role_key: list[str] = repo_release.ROLE_KEYS,
     json: bool = JSON,
 ) -> None:
-    """Verify a bundle and make it a release. Exit 4: the bundle was refused."""
+    """Verify a bundle and make it a release. Exit 4: the bundle was refused; 1: the release still waits for signatures."""
+    from edgekit.repository.deltas import make_deltas
     from edgekit.repository.publishing import publish as publish_bundle
     from edgekit.trust.keys import load_public_key
 
-    keys = [load_public_key(path) for path in key]
-    release = publish_bundle(folder, bundle, channel=channel, keys=keys, is_again=again, notes=notes)
-    if json:
-        out_json(release)
-        return
-    info = release.info
-    out(f"{info.name}@{info.version} is release {info.counter} on {info.channel}, {format_bytes(info.installed_bytes)}")
+    now = datetime.now(UTC)
+    until = parse_moment(valid_until, flag="--valid-until", now=now) if valid_until else None
+    if until is not None and until <= now:
+        raise UsageError("repository.valid_until", f"--valid-until {valid_until}: is over.", hint="Give a time to come.")
+    release = publish_bundle(
+        folder,
+        bundle,
+        channel=channel,
+        keys=[load_public_key(path) for path in key],
+        is_again=again,
+        notes=notes,
+        valid_until=until,
+        fallback=repo_release.parse_fallback(fallback),
+        delta_maker=None if no_delta else make_deltas,
+        role_keys=role_key,
+    )
+    repo_release.announce(folder, release, json=json)
 
 
 @app.command()
@@ -86,20 +108,18 @@ def status(folder: Path = FOLDER, json: bool = JSON) -> None:
 
 
 def _show(found: RepositoryStatus) -> None:
-    releases = [
-        [
-            release.info.name,
-            release.info.version,
-            release.info.channel,
-            str(release.info.counter),
-            f"{release.info.published_at:%Y-%m-%d %H:%M}",
-            format_bytes(release.info.installed_bytes),
-        ]
-        for release in found.releases
-    ]
-    out(table(["model", "version", "channel", "counter", "published (UTC)", "size"], releases, right=[3, 5]))
-    if not releases:
+    now = datetime.now(UTC)
+    recalled = {recall.digest for recall in found.recalls}
+    rows = [_release_row(release, now, recalled) for release in found.releases]
+    headers = ["model", "version", "channel", "counter", "published (UTC)", "size", "replaces", "valid until (UTC)"]
+    out(table(headers, rows, right=[3, 5]))
+    if not rows:
         out("(no release yet)")
+    for recall in found.recalls:
+        text = (
+            f"recalled {recall.digest[:19]}… from {recall.deadline:%Y-%m-%d %H:%M} UTC on ({recall.fallback}): {recall.reason}"
+        )
+        out(paint(text, "yellow"))
     out()
     rows = [
         [
@@ -113,8 +133,31 @@ def _show(found: RepositoryStatus) -> None:
     out(table(["role", "version", "expires (UTC)", "keys"], rows, right=[1]))
     publishers = ", ".join(f"{keyid[:12]}…" for keyid in found.publishers)
     out(f"\npublishers: {publishers or 'none; add one with edgekit repo trust'}")
+    if found.waiting:
+        from edgekit.cli.trust import print_waiting
+
+        print_waiting(Path(found.folder), found.waiting)
     if any(role.is_expired for role in found.roles):
         warn(f'devices refuse this repository until it is signed again: "edgekit repo refresh {found.folder}"')
+
+
+def _release_row(release: Release, now: datetime, recalled: set[str]) -> list[str]:
+    info = release.info
+    until = "" if info.valid_until is None else f"{info.valid_until:%Y-%m-%d %H:%M}, then {info.fallback}"
+    if info.valid_until is not None and info.valid_until <= now:
+        until = paint(f"{until} (over)", "red")
+    if release.manifest_digest in recalled:
+        until = paint("recalled", "red")
+    return [
+        info.name,
+        info.version,
+        info.channel,
+        str(info.counter),
+        f"{info.published_at:%Y-%m-%d %H:%M}",
+        format_bytes(info.installed_bytes),
+        info.parent.partition("@")[2],
+        until,
+    ]
 
 
 def _expiry(moment: datetime, *, is_expired: bool) -> str:
@@ -179,3 +222,9 @@ def serve(
         serve_repository(folder, host, port, cert=cert, key=key, on_ready=lambda url: note(f"{folder}: serving at {url}"))
     except KeyboardInterrupt:
         note("stopped")
+
+
+repo_release.register(app)
+
+
+app.command()(repo_stick.stick)

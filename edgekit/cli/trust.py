@@ -98,7 +98,7 @@ def status(folder: Path = FOLDER, json: bool = JSON) -> None:
         out_json(found)
         return
     _print_roles(found)
-    _print_waiting(folder, found.waiting)
+    print_waiting(folder, found.waiting)
 
 
 def _print_roles(found: RepositoryStatus) -> None:
@@ -126,7 +126,8 @@ def _when(role: RoleStatus) -> str:
     return f"{text} (in {left.days} d {left.seconds // 3600} h)"
 
 
-def _print_waiting(folder: Path, waiting: tuple[Waiting, ...]) -> None:
+def print_waiting(folder: Path, waiting: tuple[Waiting, ...]) -> None:
+    """Show the changes that are not published yet, who signed them, and who still may."""
     from edgekit.repository.store import Store
 
     store = Store.open(folder)
@@ -144,7 +145,7 @@ def _print_waiting(folder: Path, waiting: tuple[Waiting, ...]) -> None:
 def _say(folder: Path, done: Settled, what: str) -> None:
     """What became of a change. Exit 1: it still waits."""
     out(f"{what}: published" if not done.waiting else f"{what}: waits for signatures")
-    _print_waiting(folder, done.waiting)
+    print_waiting(folder, done.waiting)
     if done.waiting:
         raise typer.Exit(1)
 
@@ -275,7 +276,7 @@ def refresh(
         out_json(found)
         return
     _print_roles(found)
-    _print_waiting(folder, found.waiting)
+    print_waiting(folder, found.waiting)
     if found.waiting and role:
         raise typer.Exit(1)
 

@@ -36,7 +36,7 @@ from edgekit.durable import make_folder, write_durably
 from edgekit.errors import ArtifactError, EdgekitError, TrustError, UsageError
 from edgekit.repository import audit
 from edgekit.repository.changes import Settled, Waiting, Workbench
-from edgekit.repository.listing import releases_of
+from edgekit.repository.listing import recalls_of, releases_of
 from edgekit.repository.store import (
     CONFIG_FILE,
     PRIVATE_FOLDER,
@@ -52,7 +52,7 @@ from edgekit.repository.store import (
     whole_second,
 )
 from edgekit.schema.base import Record, encode_json
-from edgekit.schema.release import Release
+from edgekit.schema.release import Recall, Release
 from edgekit.trust.keys import load_public_keys
 from edgekit.trust.role_keys import (
     load_role_key,
@@ -115,6 +115,7 @@ class RepositoryStatus(Record, frozen=True, kw_only=True):
     publishers: tuple[str, ...]
     """Key ids whose bundles may be published."""
     waiting: tuple[Waiting, ...] = ()
+    recalls: tuple[Recall, ...] = ()
 
 
 # --- creating
@@ -710,6 +711,7 @@ def repository_status(folder: Path, *, now: datetime | None = None) -> Repositor
         releases=releases_of(chain),
         publishers=tuple(key.keyid for key in load_public_keys(store.publishers)),
         waiting=_waiting(store, chain, moment),
+        recalls=recalls_of(chain.targets).recalls,
     )
 
 

@@ -81,7 +81,13 @@ class Workbench:
         pending = store.pending()
         visible = {"root": chain.root.version, "targets": chain.targets.version}
         visible |= {role: targets.version for role, targets in chain.delegated.items()}
-        stale = [role for role, metadata in pending.items() if metadata.signed.version <= visible.get(role, 0)]
+        top: Targets = pending["targets"].signed if "targets" in pending else chain.targets
+        known = {"root", "targets", *delegated_roles(top), *delegated_roles(chain.targets)}
+        stale = [
+            role
+            for role, metadata in pending.items()
+            if metadata.signed.version <= visible.get(role, 0) or role not in known
+        ]
         bench = cls(store, chain, now, {role: item for role, item in pending.items() if role not in stale})
         bench._is_interrupted = "root" in stale
         bench._stale = stale
@@ -301,22 +307,25 @@ class Workbench:
     def _publish(
         self, root: Root | None, ready: Mapping[str, Metadata[Any]], entry: AuditEntry | None, *, is_refresh: bool
     ) -> None:
-        """Write what is ready, the timestamp last, then forget that it was pending."""
+        """Write what is ready, the timestamp last, then forget that it was pending.
+
+        A role that is delegated to no more stays in the snapshot: devices refuse one that forgets a role (TUF 5.5.5).
+        """
         if root is None and not ready and not is_refresh and not self._is_interrupted:
             self.store.drop_pending(self._stale)
             return
         effective = root or self.chain.root
         signers = {role: self._online_signers(effective, role, ready) for role in ("snapshot", "timestamp")}
+        if root is not None:  # a power cut before the end must be known for one: see Store.chain
+            for role in (*ready, "root"):
+                self.store.save_pending(role, self.pending[role])
         snapshot, timestamp = copy_of(self.chain.snapshot), copy_of(self.chain.timestamp)
         for role, metadata in ready.items():
             name = f"{role}.json"
             data = self.store.write(f"{metadata.signed.version}.{name}", metadata)
             snapshot.meta[name] = MetaFile.from_data(metadata.signed.version, data, ["sha256"])
-        top: Targets = ready["targets"].signed if "targets" in ready else self.chain.targets
-        kept = {"targets.json", *(f"{role}.json" for role in delegated_roles(top))}
         if entry is not None:
             snapshot.unrecognized_fields[SNAPSHOT_FIELD] = anchor(entry)
-        snapshot.meta = {name: meta for name, meta in snapshot.meta.items() if name in kept}
         snapshot_data = self._sign_online(snapshot, signers["snapshot"])
         anchor_data = self._write_root(root) if root is not None else b""
         timestamp.snapshot_meta = MetaFile.from_data(snapshot.version, snapshot_data, ["sha256"])
@@ -349,8 +358,10 @@ class Workbench:
     def _sign_online(self, signed: Snapshot | Timestamp, signers: list[RoleSigner]) -> bytes:
         is_snapshot = isinstance(signed, Snapshot)
         role = "snapshot" if is_snapshot else "timestamp"
-        used = highest(self.store.metadata, role) if is_snapshot else signed.version
+        used = highest(self.store.metadata, role) if is_snapshot else self.store.reserved_timestamp()
         signed.version = max(signed.version, used) + 1
+        if not is_snapshot:
+            self.store.reserve_timestamp(signed.version)
         signed.expires = self.store.expires(role, self.now)
         metadata: Metadata[Any] = Metadata(signed)
         for signer in signers:

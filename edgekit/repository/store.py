@@ -5,6 +5,7 @@
     blobs/      sha256/<hex>
     publishers/ *.pub           whose bundles may be published
     pending/    <role>.json     changes that still wait for signatures
+    timestamp.version           the highest that a device may have seen
     audit.jsonl                 who did what, each line bound to the one before
     repository.json             where the keys are; never served, like everything above but the first three
 
@@ -46,6 +47,7 @@ from edgekit.trust.signer import load_signer
 TOP_ROLES = ("root", "targets", "snapshot", "timestamp")
 CONFIG_FILE = "repository.json"
 ANCHOR_FILE = "root.json"
+RESERVED_FILE = "timestamp.version"
 SERVED = ("metadata", "targets", "blobs")
 PRIVATE_FOLDER = 0o700
 _SERIALIZER = JSONSerializer(compact=True)
@@ -400,6 +402,18 @@ class Store:
             sync_folder(self.pending_dir)
 
     # --- writing
+
+    def reserved_timestamp(self) -> int:
+        """The highest version of the timestamp that a device may have seen, whatever a power cut took back."""
+        try:
+            text = (self.folder / RESERVED_FILE).read_text()
+        except OSError:
+            return 0
+        return int(text) if text.strip().isdecimal() else 0
+
+    def reserve_timestamp(self, version: int) -> None:
+        """Remember a version before anybody can see it: its file has one name, and a power cut may take the newest back."""
+        write_durably(self.folder / RESERVED_FILE, f"{version}\n".encode())
 
     def write(self, name: str, metadata: Metadata[Any]) -> bytes:
         """Write one role's signed file."""

@@ -1,4 +1,4 @@
-"""Download a blob by its digest: resumable, bounded, verified before it gets its name.
+"""Download a blob, or any file whose digest is signed: resumable, bounded, verified before it gets its name.
 
 ``<part_dir>/<hex>.part`` is what came so far, ``<part_dir>/<hex>`` is complete, verified and durable. The digest is computed
 over the part that is resumed, too: a damaged part costs a new download, never wrong bytes. A full disk leaves nothing behind.
@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, Literal, NoReturn
 
 from edgekit.durable import make_folder, sync_folder
 from edgekit.errors import DeviceError, EdgekitError, TrustError
-from edgekit.schema.digest import CHUNK_BYTES, digest_file, hex_of, short
+from edgekit.schema.digest import CHUNK_BYTES, hex_of
 from edgekit.schema.manifest import BlobRef
 from edgekit.trust.repository_client import repository_error
 from edgekit.trust.transport import Answer, Transport, TransportError, TransportOptions
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with bytes that are here and bytes in all."""
+Algorithm = Literal["sha256", "sha512"]
 SYNC_BYTES = 8 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z")
@@ -71,18 +72,50 @@ def download_blob(
         TrustError: ``trust.digest`` or ``trust.length``; what came is removed.
         DeviceError: ``device.disk_full`` with the bytes needed and free (what came is removed), or ``device.storage``.
     """
-    job = _Job(base_url=base_url.rstrip("/"), ref=ref, part_dir=part_dir, on_progress=on_progress)
+    wanted = SignedFile(
+        url=f"{base_url.rstrip('/')}/blobs/sha256/{hex_of(ref.digest)}",
+        name=ref.path,
+        size_bytes=ref.size_bytes,
+        digest_hex=hex_of(ref.digest),
+    )
+    transport = Transport(options)
+    try:
+        return download_file(wanted, part_dir, transport=transport, on_progress=on_progress, attempts=attempts, retry_s=retry_s)
+    finally:
+        transport.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedFile:
+    """Where a file is, and what signed metadata says of it."""
+
+    url: str
+    name: str
+    """For messages."""
+    size_bytes: int
+    digest_hex: str
+    """Lower-case hex digits; the file lies under this name."""
+    algorithm: Algorithm = "sha256"
+
+
+def download_file(
+    wanted: SignedFile,
+    part_dir: Path,
+    *,
+    transport: Transport,
+    on_progress: Progress | None = None,
+    attempts: int = 3,
+    retry_s: float = 0.5,
+) -> Path:
+    """Fetch a file, going on where an earlier call stopped; arguments, result and errors as :func:`download_blob`."""
+    job = _Job(wanted=wanted, part_dir=part_dir, on_progress=on_progress)
     try:
         make_folder(part_dir)
         if job.final.is_file():
-            if digest_file(job.final) == ref.digest:
+            if _digest_of(job) == wanted.digest_hex:
                 return job.final
             job.final.unlink()
-        transport = Transport(options)
-        try:
-            _fetch(job, transport, attempts, retry_s)
-        finally:
-            transport.close()
+        _fetch(job, transport, attempts, retry_s)
         return _finish(job)
     except OSError as error:
         _raise_storage(error, job)
@@ -90,22 +123,21 @@ def download_blob(
 
 @dataclass
 class _Job:
-    base_url: str
-    ref: BlobRef
+    wanted: SignedFile
     part_dir: Path
     on_progress: Progress | None
 
     @property
     def url(self) -> str:
-        return f"{self.base_url}/blobs/sha256/{hex_of(self.ref.digest)}"
+        return self.wanted.url
 
     @property
     def final(self) -> Path:
-        return self.part_dir / hex_of(self.ref.digest)
+        return self.part_dir / self.wanted.digest_hex
 
     @property
     def part(self) -> Path:
-        return self.part_dir / f"{hex_of(self.ref.digest)}.part"
+        return self.part_dir / f"{self.wanted.digest_hex}.part"
 
     @property
     def part_bytes(self) -> int:
@@ -113,7 +145,16 @@ class _Job:
 
     def tell(self, done: int) -> None:
         if self.on_progress is not None:
-            self.on_progress(done, self.ref.size_bytes)
+            self.on_progress(done, self.wanted.size_bytes)
+
+    def hash(self) -> hashlib._Hash:
+        """A new state of the algorithm that the digest is of."""
+        return hashlib.new(self.wanted.algorithm)
+
+
+def _digest_of(job: _Job) -> str:
+    with job.final.open("rb") as file:
+        return hashlib.file_digest(file, job.hash).hexdigest()
 
 
 def _fetch(job: _Job, transport: Transport, attempts: int, retry_s: float) -> None:
@@ -146,26 +187,26 @@ def _is_too_slow(transport: Transport, started: float, received: int) -> bool:
 def _attempt(job: _Job, transport: Transport) -> None:
     """One request: append to the part, or begin again where the part or the server does not allow it."""
     with _open_part(job.part) as file:
-        state, done = hashlib.sha256(), 0
+        state, done = job.hash(), 0
         while chunk := file.read(CHUNK_BYTES):
             state.update(chunk)
             done += len(chunk)
-        size, is_resumed = job.ref.size_bytes, done > 0
+        size, is_resumed = job.wanted.size_bytes, done > 0
         if done > size:
-            state, done = _restart(file)
+            state, done = _restart(job, file)
         _check_space(job, size - done)
         if done < size or size == 0:
             with _ask(job, transport, done) as answer:
                 if done and not _is_rest(answer, done, size):
                     logger.info("server does not resume, beginning again: url=%s status=%d", job.url, answer.status)
-                    state, done = _restart(file)
+                    state, done = _restart(job, file)
                     if answer.status != 200:
                         raise TransportError("cut", f"{job.url}: the range that was sent is not the one asked for")
                 done = _append(job, file, answer, state, done)
         _sync(file)
         if done < size:
             raise TransportError("cut", f"{job.url}: {done} of {size} bytes came")
-        if "sha256:" + state.hexdigest() != job.ref.digest:
+        if state.hexdigest() != job.wanted.digest_hex:
             _wrong_digest(job, file, state.hexdigest(), is_resumed=is_resumed)
 
 
@@ -185,7 +226,7 @@ def _is_rest(answer: Answer, done: int, size: int) -> bool:
 
 def _append(job: _Job, file: BinaryIO, answer: Answer, state: hashlib._Hash, done: int) -> int:
     unsynced = 0
-    for chunk in answer.chunks(max_bytes=job.ref.size_bytes - done):
+    for chunk in answer.chunks(max_bytes=job.wanted.size_bytes - done):
         _write_all(file, chunk)
         state.update(chunk)
         done += len(chunk)
@@ -199,21 +240,21 @@ def _append(job: _Job, file: BinaryIO, answer: Answer, state: hashlib._Hash, don
 
 def _wrong_digest(job: _Job, file: BinaryIO, found: str, *, is_resumed: bool) -> NoReturn:
     """A resumed part may have been damaged: once more from the start; then it is the server's bytes."""
-    _restart(file)
+    _restart(job, file)
     if is_resumed:
         raise TransportError("cut", f"{job.url}: what came does not have the digest")
     job.part.unlink(missing_ok=True)
     raise TrustError(
         "trust.digest",
-        f"{job.url}: the bytes have sha256:{short(found)}…, the manifest says sha256:{short(job.ref.digest)}….",
-        hint="They were changed on the way or on the server; publish the bundle again.",
+        f"{job.url}: the bytes have {job.wanted.algorithm}:{found[:12]}…, what was signed has {job.wanted.digest_hex[:12]}….",
+        hint="They were changed on the way or on the server; publish them again.",
     )
 
 
-def _restart(file: BinaryIO) -> tuple[hashlib._Hash, int]:
+def _restart(job: _Job, file: BinaryIO) -> tuple[hashlib._Hash, int]:
     file.seek(0)
     file.truncate()
-    return hashlib.sha256(), 0
+    return job.hash(), 0
 
 
 def _open_part(path: Path) -> BinaryIO:
@@ -245,7 +286,7 @@ def _check_space(job: _Job, needed: int) -> None:
 def _finish(job: _Job) -> Path:
     job.part.replace(job.final)
     sync_folder(job.part_dir)
-    job.tell(job.ref.size_bytes)
+    job.tell(job.wanted.size_bytes)
     return job.final
 
 
@@ -259,7 +300,7 @@ def _storage_error(error: OSError, job: _Job) -> EdgekitError:
         free = free_bytes(job.part_dir)
         return DeviceError(
             "device.disk_full",
-            f"{job.part_dir}: {job.ref.path} needs {job.ref.size_bytes} bytes, {free} are free.",
+            f"{job.part_dir}: {job.wanted.name} needs {job.wanted.size_bytes} bytes, {free} are free.",
             hint="Free some space; the model that runs now is not touched.",
         )
-    return DeviceError("device.storage", f"{job.part_dir}: cannot write {job.ref.path}: {error.strerror or error}.")
+    return DeviceError("device.storage", f"{job.part_dir}: cannot write {job.wanted.name}: {error.strerror or error}.")

@@ -38,7 +38,7 @@ from typing import Self
 
 import edgekit
 
-ALL_STATES = 1 << 10
+ALL_STATES = 1 << 9
 """Of one moment; where there are more, the telling ones and a tenth as many drawn ones are taken."""
 SOME_STATES = 1 << 6
 """The same where one fsync is forgotten: to find out that it is needed takes one state."""
@@ -64,7 +64,8 @@ class Site:
     @property
     def label(self) -> str:
         """The site in words that stay the same when lines move."""
-        return f"{self.kind}: " + " < ".join(f"{name}:{function} {text}" for name, function, text, _ in self.frames)
+        steps = [function if name == _DURABLE.name else f"{name}:{function} {text}" for name, function, text, _ in self.frames]
+        return f"{self.kind}: {' < '.join(steps)}"
 
     def __str__(self) -> str:
         lines = " < ".join(f"{name}:{number}" for name, _, _, number in self.frames)
@@ -249,14 +250,13 @@ class Recorder:
         changed = {key: names.get(key) for key in {**self._names, **names} if names.get(key) != self._names.get(key)}
         # what a folder that is gone held is gone with it, and what one that was moved holds moved with it: neither is a change
         steps = [changed] if is_one else [{key: inode} for key, inode in changed.items()]
-        for step in steps:
-            if step:
-                self._log(Names(step, _lasting(step)))
+        events: list[Event] = [Names(step, _lasting(step)) for step in steps if step]
         for inode, content in contents.items():
-            before = self._contents.get(inode, b"")
-            if isinstance(content, bytes) and content != before:
-                self._log(Write(inode, content))
+            if isinstance(content, bytes) and content != self._contents.get(inode, b""):
+                events.append(Write(inode, content))
         self._names, self._contents = names, contents
+        for event in events:
+            self._log(event)
 
     def _log(self, event: Event) -> None:
         self.trace.events.append(event)
@@ -539,14 +539,15 @@ def survivors(explorers: list[Explorer], *, redundant: Collection[str] = ()) -> 
 
     Args:
         explorers: of the traces, the cheapest first.
-        redundant: labels of those that are not tried.
+        redundant: how the labels of those begin that are not tried.
 
     Raises:
-        AssertionError: a label that no trace has.
+        AssertionError: no trace has such a label.
     """
     sites = {site.label: site for explorer in explorers for site in explorer.trace.sites}
-    assert not (unknown := set(redundant) - sites.keys()), f"not called any more: {unknown}"
-    left = {label: site for label, site in sites.items() if label not in redundant}
+    unknown = {start for start in redundant if not any(label.startswith(start) for label in sites)}
+    assert not unknown, f"not called any more: {unknown}"
+    left = {label: site for label, site in sites.items() if not label.startswith(tuple(redundant))}
     for explorer in explorers:
         for site in explorer.trace.sites:
             if site.label in left and any(explorer.violations(without=site)):

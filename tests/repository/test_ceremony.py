@@ -503,3 +503,15 @@ def test_snapshot_that_leaves_a_delegated_role_out(place):
     with pytest.raises(TrustError) as caught:
         place.device()
     assert caught.value.code == "trust.metadata"
+
+
+def test_delegation_taken_back_is_followed_by_a_device_that_knew_it(place):
+    delegate(place.repo, "audio", models=["kws*"], new_keys=["generate"], keys=place.far("targets-2"), now=NOW)
+    place.publish()
+    floors = place.device().floors
+    undelegate(place.repo, "audio", keys=place.far("targets-2"), now=NOW)
+    later = place.device(floors=floors)
+    assert later.releases == ()
+    delegate(place.repo, "audio", models=["kws*"], new_keys=["generate"], keys=place.far("targets-2"), now=NOW)
+    place.publish("2.0.0")
+    assert [release.info.version for release in place.device(floors=later.floors).releases] == ["2.0.0"]

@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekit.errors import ArtifactError, EdgekitError, TrustError
-from edgekit.schema import candidate, contract, manifest, measurement, message, release, state, target
+from edgekit.schema import candidate, contract, desired, manifest, measurement, message, release, state, target
 from edgekit.schema.base import decode_json, decode_msgpack, encode_json, encode_msgpack
 from edgekit.schema.digest import Digest, digest_bytes, digest_file, hex_of, is_same_digest, short
 
 RECORDS = [
     candidate.Candidate,
     contract.Contract,
+    desired.DesiredState,
     manifest.Manifest,
     manifest.GoldenSet,
     measurement.LatencyReport,
@@ -36,6 +37,8 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
     """A strategy for one field's type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
+        if arguments[0] is not str:
+            return within(values(arguments[0]), arguments[1:])
         pattern = next((meta.pattern for meta in arguments[1:] if getattr(meta, "pattern", None)), "")
         return st.binary().map(digest_bytes) if "sha256" in pattern else NAMES
     if origin is typing.Literal:
@@ -59,6 +62,13 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
         datetime: st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 - hypothesis wants naive bounds
         type(None): st.none(),
     }[hint]
+
+
+def within(drawn: st.SearchStrategy[typing.Any], rules: tuple[typing.Any, ...]) -> st.SearchStrategy[typing.Any]:
+    """What the type's bounds allow."""
+    low = next((rule.ge for rule in rules if getattr(rule, "ge", None) is not None), None)
+    high = next((rule.le for rule in rules if getattr(rule, "le", None) is not None), None)
+    return drawn if low is None else drawn.map(lambda value: min(max(value, low), high))
 
 
 def records(kind: type[msgspec.Struct]) -> st.SearchStrategy[typing.Any]:

@@ -320,4 +320,4 @@ def test_complete_file_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *a, **k: (events.append("rename"), real_replace(*a, **k)))
     with Peer(rest) as peer:
         fetch(peer.url, tmp_path)
-    assert events == [f"{hex_of(REF.digest)}.part", "rename", tmp_path.name]
+    assert events == [tmp_path.name, f"{hex_of(REF.digest)}.part", "rename", tmp_path.name]
