@@ -242,8 +242,6 @@ SCENARIOS = [
 ]
 """The cheapest first: an fsync that one of them needs is not tried with the next."""
 REDUNDANT = {
-    # the folders that a repository begins with are made again when something is written into them
-    "folder: sync_folder < make_folder < repository/ceremony.py:init_repository make_folder(path)",
     # the private key has the public half, too
     "folder: sync_folder < write_durably < repository/ceremony.py:_role_keys",
     "folder: sync_folder < write_durably < repository/ceremony.py:_generate",
