@@ -17,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 
-from edgekit.durable import sync_folder
 from edgekit.errors import TrustError
 from edgekit.schema.base import Record
 from edgekit.schema.digest import digest_bytes, short
@@ -117,9 +116,7 @@ def append(folder: Path, action: str, subject: str, *, now: datetime, details: M
         file.seek(size)
         file.write(_encode(entry) + b"\n")
         file.flush()
-        os.fsync(file.fileno())
-    if not entries:
-        sync_folder(folder)
+        os.fsync(file.fileno())  # the name of a new log is made durable with the first timestamp, in the same folder
     return entry
 
 

@@ -84,9 +84,7 @@ class Workbench:
         top: Targets = pending["targets"].signed if "targets" in pending else chain.targets
         known = {"root", "targets", *delegated_roles(top), *delegated_roles(chain.targets)}
         stale = [
-            role
-            for role, metadata in pending.items()
-            if metadata.signed.version <= visible.get(role, 0) or role not in known
+            role for role, metadata in pending.items() if metadata.signed.version <= visible.get(role, 0) or role not in known
         ]
         bench = cls(store, chain, now, {role: item for role, item in pending.items() if role not in stale})
         bench._is_interrupted = "root" in stale
