@@ -58,25 +58,35 @@ _REFETCH = "Fetch the file again; if it is still refused, it was changed on the 
 
 
 class _Sums:
-    """SHA-256 and CRC-32 of the same bytes, the first in a thread beside: both leave the interpreter's lock alone."""
+    """SHA-256 and CRC-32 of the same bytes, one of them in a thread beside: both leave the interpreter's lock alone.
 
-    def __init__(self, beside: ThreadPoolExecutor) -> None:
-        self._state, self.crc32 = hashlib.sha256(), 0
-        self._beside = beside
-        self._hashing: deque[Future[None]] = deque()
+    Args:
+        beside: the thread.
+        is_hash_beside: for who does something else with the chunks meanwhile. Otherwise the checksum goes there: it is the
+            cheaper one, and the hash never waits for a thread to wake up.
+    """
+
+    def __init__(self, beside: ThreadPoolExecutor, *, is_hash_beside: bool) -> None:
+        self._state, self._crc32 = hashlib.sha256(), 0
+        self._beside, self._is_hash_beside = beside, is_hash_beside
+        self._waiting: deque[Future[None]] = deque()
+
+    def _sum(self, chunk: bytes) -> None:
+        self._crc32 = zlib.crc32(chunk, self._crc32)
 
     def update(self, chunk: bytes) -> None:
-        """More bytes; at most a few chunks wait to be hashed."""
-        self._hashing.append(self._beside.submit(self._state.update, chunk))
-        self.crc32 = zlib.crc32(chunk, self.crc32)
-        if len(self._hashing) > _CHUNKS_AHEAD:
-            self._hashing.popleft().result()
+        """More bytes; at most a few chunks wait for the thread beside."""
+        here, there = (self._sum, self._state.update) if self._is_hash_beside else (self._state.update, self._sum)
+        self._waiting.append(self._beside.submit(there, chunk))
+        here(chunk)
+        if len(self._waiting) > _CHUNKS_AHEAD:
+            self._waiting.popleft().result()
 
-    def digest(self) -> str:
-        """Of everything so far."""
-        while self._hashing:
-            self._hashing.popleft().result()
-        return "sha256:" + self._state.hexdigest()
+    def finish(self) -> tuple[str, int]:
+        """Digest and checksum of everything."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return "sha256:" + self._state.hexdigest(), self._crc32
 
 
 @dataclass(frozen=True)
@@ -102,25 +112,28 @@ class Bundle:
             UsageError: ``bundle.no_such_blob``.
             TrustError: ``bundle.digest_mismatch`` at the end, when the file has changed since it was read.
         """
+        return self._read(digest, is_hash_beside=True)
+
+    def _read(self, digest: str, *, is_hash_beside: bool) -> Iterator[bytes]:
         ref = next((ref for ref in self.manifest.blobs if ref.digest == digest), None)
         if ref is None:
             raise UsageError("bundle.no_such_blob", f"{self.path.name}: no blob {digest} in this bundle.")
         offset, expected_crc = self._places[digest]
         with self.path.open("rb") as file, ThreadPoolExecutor(1) as beside:
-            sums = _Sums(beside)
+            sums = _Sums(beside, is_hash_beside=is_hash_beside)
             file.seek(offset)
             for chunk in _read_chunks(file, ref.size_bytes):
                 sums.update(chunk)
                 yield chunk
-            found = sums.digest()
-        if found != digest or sums.crc32 != expected_crc:
+            found = sums.finish()
+        if found != (digest, expected_crc):
             raise TrustError(
                 "bundle.digest_mismatch", f"{self.path.name}: {ref.path} changed after it was checked.", hint=_REFETCH
             )
 
     def check(self, digest: str) -> None:
         """Hash a blob without keeping it; errors as :meth:`chunks`."""
-        for _ in self.chunks(digest):
+        for _ in self._read(digest, is_hash_beside=False):
             pass
 
     def blob(self, digest: str) -> bytes:
@@ -250,10 +263,10 @@ def _check_blob(file: BinaryIO, placed: Placed, ref: BlobRef, name: str) -> None
     """Check 4 for one blob's content."""
     file.seek(placed.data_offset)
     with ThreadPoolExecutor(1) as beside:
-        sums = _Sums(beside)
+        sums = _Sums(beside, is_hash_beside=False)
         for chunk in _read_chunks(file, ref.size_bytes):
             sums.update(chunk)
-        found = sums.digest()
+        found, crc32 = sums.finish()
     if found != ref.digest:
         raise TrustError(
             "bundle.digest_mismatch",
@@ -261,7 +274,7 @@ def _check_blob(file: BinaryIO, placed: Placed, ref: BlobRef, name: str) -> None
             "the file changed after signing.",
             hint=_REFETCH,
         )
-    if sums.crc32 != placed.entry.crc32:
+    if crc32 != placed.entry.crc32:
         raise _malformed(name, f"the checksum of {ref.path} is wrong")
 
 
