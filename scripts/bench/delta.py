@@ -2,6 +2,7 @@
 """Deltas between real models, beside zstd, hdiffpatch and bsdiff4: bytes, seconds and memory.
 
     python scripts/bench/delta.py --cache DIR            the sample model's pairs (the first run trains one more epoch)
+    python scripts/bench/delta.py --cache DIR --tflite   and the fine-tuned pair in TFLite
     python scripts/bench/delta.py --cache DIR --large    and a 20 MB model, where bsdiff4 and hdiffpatch take minutes
 
 The pairs: the sample model, trained one more epoch at a low rate and quantized again (with scales calibrated anew, and with the
@@ -52,7 +53,7 @@ class Pair:
 
 
 def train_one_more_epoch(out: Path, images: Path) -> None:
-    """The sample model's weights, trained on, and exported."""
+    """The sample model's weights, trained on."""
     import model as sample
     import torch
     import train
@@ -71,7 +72,27 @@ def train_one_more_epoch(out: Path, images: Path) -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(train.augment(x[chosen], generator)), y[chosen]).backward()
         optimizer.step()
+    torch.save(net.state_dict(), out)
+
+
+def export(weights: Path, out: Path) -> None:
+    """The sample model with these weights, in ONNX."""
+    import model as sample
+    import torch
+    import train
+
+    net = sample.create()
+    net.load_state_dict(torch.load(weights, weights_only=True))
     train.export_onnx(net.eval(), out)
+
+
+def quantize_to_tflite(weights: Path, out: Path) -> Path:
+    """``edgekit optimize``'s int8 model for a micro-controller."""
+    command = [sys.executable, "-m", "edgekit", "optimize", f"{SAMPLE / 'model.py'}:create", "--weights", str(weights)]
+    command += ["--target", "cortex-m7-tflm", "--effort", "fast", "--quiet", "--out", str(out)]
+    command += ["--data", str(SAMPLE / "calibration.npz"), "--eval", str(SAMPLE / "evaluation.npz")]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    return next((out / ".work" / "steps").glob("*/int8-*.tflite"))
 
 
 def quantize(model: Path, out: Path) -> Path:
@@ -179,7 +200,7 @@ def top1(model: Path) -> float:
     return float((answers.argmax(1) == labels).mean())
 
 
-def make_pairs(cache: Path, images: Path, *, is_large: bool) -> list[Pair]:
+def make_pairs(cache: Path, images: Path, *, is_large: bool, has_tflite: bool) -> list[Pair]:
     """Make what is not in the cache yet."""
     cache.mkdir(parents=True, exist_ok=True)
 
@@ -192,7 +213,8 @@ def make_pairs(cache: Path, images: Path, *, is_large: bool) -> list[Pair]:
             part.rename(path)
         return path
 
-    tuned = once("tuned.onnx", lambda out: train_one_more_epoch(out, images))
+    weights = once("tuned.pt", lambda out: train_one_more_epoch(out, images))
+    tuned = once("tuned.onnx", lambda out: export(weights, out))
     old = once("int8.onnx", lambda out: shutil.copy(quantize(SAMPLE / "model.onnx", cache / "run-old"), out))
     new = once("int8-tuned.onnx", lambda out: shutil.copy(quantize(tuned, cache / "run-tuned"), out))
     kept = once("int8-tuned-kept.onnx", lambda out: requantize_at_old_scales(old, tuned, out))
@@ -205,6 +227,12 @@ def make_pairs(cache: Path, images: Path, *, is_large: bool) -> list[Pair]:
         Pair("10 % pruned", old, once("int8-pruned.onnx", lambda out: prune(old, out))),
         Pair("fine-tuned, float32", SAMPLE / "model.onnx", tuned),
     ]
+    if has_tflite:
+        flat_old = once(
+            "int8.tflite", lambda out: shutil.copy(quantize_to_tflite(SAMPLE / "weights.pt", cache / "flat-old"), out)
+        )
+        flat_new = once("int8-tuned.tflite", lambda out: shutil.copy(quantize_to_tflite(weights, cache / "flat-tuned"), out))
+        pairs.append(Pair("fine-tuned, TFLite", flat_old, flat_new))
     if is_large:
         start = once("large.onnx", lambda out: large_model(0, 0.0, out))
         for noise in (0.001, 0.01, 0.05):
@@ -328,10 +356,11 @@ def main() -> None:
         "--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST, idx files"
     )
     parser.add_argument("--large", action="store_true", help="the 20 MB model, too")
+    parser.add_argument("--tflite", action="store_true", help="the fine-tuned pair in TFLite, too (extra litert)")
     parser.add_argument("--no-rivals", action="store_true", help="only ours, for the 20 MB model")
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
-    pairs = make_pairs(options.cache, options.images, is_large=options.large)
+    pairs = make_pairs(options.cache, options.images, is_large=options.large, has_tflite=options.tflite)
     head = " ".join(f"{name:>10}" for name in ("full", "zstd-19", "hdiffpatch", "bsdiff4", "tsub1", "ours"))
     print(f"{'pair':<26} {head} {'ratio':>7} {'tsub1 s':>7} {'make s':>7} {'apply s':>7} {'MB':>6}")
     rows = []

@@ -5,17 +5,23 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import tracemalloc
 
+import hdiffpatch
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekit.bundle.delta import make, rans
 from edgekit.bundle.delta.apply import apply_delta
-from edgekit.bundle.delta.layout import Header, Kind, Region, encode_header, pack, parse_header
+from edgekit.bundle.delta.flat import find_flat_tensors
+from edgekit.bundle.delta.layout import MAGIC, PREFIX, Header, Kind, Region, _Columns, encode_header, pack, parse_header
 from edgekit.bundle.delta.make import make_delta, subtract
-from edgekit.bundle.delta.rans import decode_block, encode_block, make_tables
+from edgekit.bundle.delta.rans import Decoder, encode, make_tables
+from edgekit.bundle.delta.rows import MISSING, match_rows, runs
 from edgekit.bundle.delta.tensors import find_tensors
 from edgekit.errors import ArtifactError, DeviceError, EdgekitError, TrustError
 from edgekit.schema.digest import digest_bytes
@@ -139,7 +145,30 @@ def test_coder_round_trip(data):
     counts = np.zeros((4, 256), np.int64)
     np.add.at(counts, (contexts, symbols), 1)
     tables = make_tables(counts)
-    assert (decode_block(encode_block(symbols, contexts, tables), contexts, tables) == symbols).all()
+    assert (decoded(encode(symbols, contexts, tables), contexts, tables) == symbols).all()
+
+
+def decoded(blocks, contexts, tables):
+    decoder = Decoder(tables, len(contexts))
+    size = rans.BLOCK_BYTES
+    parts = [decoder.decode(block, contexts[i * size : (i + 1) * size]) for i, block in enumerate(blocks)]
+    decoder.check_end()
+    return np.concatenate(parts)
+
+
+def test_coder_goes_on_from_block_to_block(monkeypatch):
+    monkeypatch.setattr(rans, "BLOCK_BYTES", 4096)
+    random = np.random.default_rng(0)
+    symbols, contexts = random.integers(0, 9, 20_001).astype(np.uint8), random.integers(0, 2, 20_001).astype(np.uint8)
+    counts = np.zeros((2, 256), np.int64)
+    np.add.at(counts, (contexts, symbols), 1)
+    tables = make_tables(counts)
+    blocks = encode(symbols, contexts, tables)
+    assert len(blocks) == 5
+    assert (decoded(blocks, contexts, tables) == symbols).all()
+    broken = [*blocks[:-1], blocks[-1][:-2] + bytes([blocks[-1][-2] ^ 1, blocks[-1][-1]])]
+    with pytest.raises(ArtifactError):
+        decoded(broken, contexts, tables)
 
 
 def test_coder_is_near_the_entropy():
@@ -150,7 +179,7 @@ def test_coder_is_near_the_entropy():
     np.add.at(counts, (contexts, symbols), 1)
     share = counts / counts.sum(axis=1, keepdims=True)
     entropy = -(counts * np.log2(np.where(share > 0, share, 1))).sum() / 8
-    assert len(encode_block(symbols, contexts, make_tables(counts))) < 1.01 * entropy
+    assert sum(map(len, encode(symbols, contexts, make_tables(counts)))) < 1.01 * entropy
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +198,7 @@ def test_truncated_delta_is_refused_at_every_length(tmp_path, pair):
 def test_flipped_bits_never_give_other_bytes(tmp_path, pair):
     old, new, delta = pair
     random = np.random.default_rng(1)
-    for _ in range(300):
+    for _ in range(120):
         at = int(random.integers(len(delta)))
         broken = bytearray(delta)
         broken[at] ^= 1 << int(random.integers(8))
@@ -222,6 +251,10 @@ def _with(header, **changes):
         {"regions": [Region(Kind.PRODUCT, 8, 1 << 40, scales=2)]},
         {"blocks": [-5]},
         {"side_size": 1 << 30},
+        {"origins": [(0, 3)]},
+        {"origins": [(1 << 30, 4)]},
+        {"origins": [(-4, 4)]},
+        {"origins": [(0, 9 << 20)]},
     ],
 )
 def test_hostile_header_is_refused(pair, changes):
@@ -239,6 +272,146 @@ def test_header_bomb_is_refused_before_it_unfolds():
     packed = pack(bytes(64 << 20))
     with pytest.raises(ArtifactError):
         parse_header(b"EKDELTA1" + len(packed).to_bytes(4, "little") + packed)
+
+
+@pytest.mark.parametrize(
+    ("field", "item", "count"), [(3, b"\x01", 15 << 20), (6, b"\x92\x03\x01", 5 << 20), (11, b"\xff", 15 << 20)]
+)
+def test_header_of_many_small_records_takes_no_memory(field, item, count):
+    """msgpack of 16 MB would become a gigabyte of records."""
+    empty = [b"\x01", b"\x01", b"\xc4\x00", b"\x90", b"\xc4\x00", b"\x90", b"\x90", b"\xc4\x00", b"\x90", b"\0", b"\0"]
+    fields = [*empty, b"\x90", b"\0", b"\0"]
+    assert len(fields) == len(_Columns.__struct_fields__)
+    fields[field] = b"\xdd" + count.to_bytes(4, "big") + item * count
+    packed = pack(b"\x9e" + b"".join(fields))
+    assert len(packed) < 4000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError):
+            parse_header(PREFIX.pack(MAGIC, len(packed)) + packed)
+        assert tracemalloc.get_traced_memory()[1] < 48 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensor_of_many_channels_is_counted_together():
+    """An embedding has more rows than tables are worth; counting in each would take 2 kB a row."""
+    weight = np.random.default_rng(0).integers(-9, 9, (70_000, 32)).astype(np.int8)
+    node = helper.make_node("DequantizeLinear", ["w", "s"], ["y"], axis=0)
+    contents = []
+    for moved in (0, 1):
+        scale = np.linspace(1, 2 + moved, 70_000).astype(np.float32)
+        tensors = [numpy_helper.from_array(weight + np.int8(moved), "w"), numpy_helper.from_array(scale, "s")]
+        contents.append(helper.make_model(helper.make_graph([node], "embedding", [], [], tensors)).SerializeToString())
+    tracemalloc.start()
+    try:
+        delta = subtract(*contents)
+        assert tracemalloc.get_traced_memory()[1] < 70_000 * 2048 / 2
+    finally:
+        tracemalloc.stop()
+    assert len(delta) < 0.3 * len(contents[1])
+
+
+def test_delta_that_does_not_give_the_target_is_not_published(tmp_path, monkeypatch, caplog):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(quantized_net())
+    new.write_bytes(quantized_net(noise=0.01))
+    wrong = subtract(old.read_bytes(), new.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(make, "subtract", lambda *_: wrong)
+    assert make_delta(old, new, codecs=("tsub1",)) is None
+    assert "left out" in caplog.text
+
+
+def pruned(content, kept, axis):
+    """Columns (axis 1, with their scales and biases) or rows of the first layer taken out."""
+    model = onnx.load_from_string(content)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.name == "w0":
+            values = values.take(kept, axis=axis)
+        elif tensor.name in {"s0", "b0"} and axis == 1:
+            values = values[kept]
+        else:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pruned_channels_are_copied(tmp_path, axis):
+    old = quantized_net()
+    new = pruned(old, np.sort(np.random.default_rng(3).permutation(96)[:86]), axis)
+    delta = subtract(old, new)
+    assert applied(tmp_path, old, new, delta) == new
+    assert len(delta) < 0.02 * len(new)
+
+
+@given(
+    old=st.lists(st.sampled_from([b"a", b"b", b"c", b"d"]), max_size=12),
+    new=st.lists(st.sampled_from([b"a", b"b", b"c", b"d", b"e"]), max_size=12),
+)
+def test_matched_rows_are_equal_and_runs_cover_them(old, new):
+    matches = match_rows(old, new)
+    assert [old[match] if match != MISSING else None for match in matches] == [row if row in old else None for row in new]
+    told = {
+        place + i: source if source == MISSING else source + i for source, place, count in runs(matches) for i in range(count)
+    }
+    assert told == dict(enumerate(matches))
+
+
+def test_repeated_rows_are_matched_in_order():
+    assert match_rows([b"a", b"b", b"a", b"c"], [b"a", b"b", b"a", b"c"]) == [0, 1, 2, 3]
+
+
+def flat_net(*, noise=0.0, description="one", layers=3, width=64):
+    """A TFLite file of int8 matrices; the last tensor shares its buffer with the first."""
+    flatbuffers = pytest.importorskip("flatbuffers")
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    base, drift = np.random.default_rng(0), np.random.default_rng(1)
+    buffers, tensors = [schema.BufferT()], []
+    for i in range(layers):
+        weight = base.standard_t(4, size=(width, width)) + noise * drift.normal(size=(width, width))
+        scale = np.abs(weight).max(axis=1) / 127
+        buffer, tensor, quantization = schema.BufferT(), schema.TensorT(), schema.QuantizationParametersT()
+        buffer.data = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8).view(np.uint8).ravel()
+        quantization.scale, quantization.zeroPoint = scale.astype(np.float32), np.zeros(width, np.int64)
+        tensor.name, tensor.shape, tensor.buffer = f"w{i}".encode(), [width, width], len(buffers)
+        tensor.type, tensor.quantization = schema.TensorType.INT8, quantization
+        buffers.append(buffer)
+        tensors.append(tensor)
+    shared = schema.TensorT()
+    shared.name, shared.shape, shared.buffer, shared.type = b"again", [width, width], 1, schema.TensorType.INT8
+    graph, model = schema.SubGraphT(), schema.ModelT()
+    graph.tensors, graph.operators, graph.inputs, graph.outputs = [*tensors, shared], [], [], []
+    model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], buffers, []
+    model.description = description.encode()
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def test_tensors_of_a_tflite_file(tmp_path):
+    old, new = flat_net(), flat_net(noise=0.1, description="another, and a longer one")
+    found = find_flat_tensors(old)
+    assert set(found) == {"0/again", *(f"0/w{i}{part}" for i in range(3) for part in ("", "#scale"))}
+    assert (found["0/w1"].shape, found["0/w1"].scale, found["0/w1"].axis) == ((64, 64), "0/w1#scale", 0)
+    delta = subtract(old, new)
+    assert applied(tmp_path, old, new, delta) == new
+    assert len(delta) < 0.5 * len(new)
+    assert len(delta) < 0.7 * len(hdiffpatch.diff(old, new, compression="lzma2"))
+    assert find_tensors(old) == {}
+
+
+def test_walk_on_a_broken_tflite_file():
+    good, random = flat_net(layers=1, width=16), np.random.default_rng(4)
+    for _ in range(500):
+        broken = bytearray(good)
+        for at in random.integers(len(good), size=4):
+            broken[at] = int(random.integers(256))
+        for tensor in find_flat_tensors(bytes(broken)).values():
+            assert 0 <= tensor.offset <= tensor.offset + tensor.size_bytes <= len(good)
+    for length in range(0, len(good), 7):
+        find_flat_tensors(good[:length])
 
 
 def test_smallest_is_kept_and_none_when_nothing_is_gained(tmp_path):
@@ -303,7 +476,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     import msgspec
 
     grown = []
-    for width in (512, 2048):
+    for width in (512, 1536):
         folder = tmp_path / str(width)
         folder.mkdir()
         old, new = (quantized_net(layers=2, width=width, noise=noise) for noise in (0.0, 0.02))

@@ -34,19 +34,23 @@ from edgekit.bundle.delta.layout import (
     parse_header,
     unpack,
 )
-from edgekit.bundle.delta.predict import channel_of, multiply, rescale
-from edgekit.bundle.delta.rans import BLOCK_BYTES, MAX_TABLES, Tables, decode_block, tables_of
+from edgekit.bundle.delta.predict import channel_of, multiply, rescale, unfold
+from edgekit.bundle.delta.rans import BLOCK_BYTES, MAX_TABLES, Decoder, Tables, tables_of
 from edgekit.errors import DeviceError, TrustError
 from edgekit.schema.digest import CHUNK_BYTES, hex_of, short
 from edgekit.schema.release import DeltaRef
 
 CHUNK = 1 << 18
+"""Elements of WIDE whose planes lie together: a part of the format."""
+_STEP = 1 << 16
+"""Bytes that are predicted at a time; each takes some ten numbers of 8 bytes on the way."""
 MAX_TABLE_BYTES = MAX_TABLES * 512
 MAX_BLOCK_BYTES = 4 * BLOCK_BYTES
 MAX_HDIFF_BYTES = 256 << 20
 """hdiffpatch works in memory; larger deltas and results are not applied with it."""
 _HDIFF_NAME = re.compile(rb"HDIFF13&[a-z0-9]{0,16}\0")
 _MAX_VARINT_BYTES = 9
+_CODED = frozenset({Kind.SUBTRACT, Kind.RESCALE})
 Bytes = NDArray[np.uint8]
 
 
@@ -164,8 +168,8 @@ def _apply_tsub(delta: BinaryIO, base: Path, writer: _Writer) -> None:
     header, end = read_header(delta)
     if header.base_size != base.stat().st_size or header.target_size > writer.size_bytes:
         raise malformed("it is for files of other sizes")
-    parts = _Parts(delta, header, end)
     with base.open("rb") as old:
+        parts = _Parts(delta, header, end, old)
         for region in header.regions:
             for chunk in _make(region, parts, old):
                 writer.write(chunk)
@@ -217,12 +221,14 @@ class _Stream:
 class _Parts:
     """What follows the header."""
 
-    def __init__(self, delta: BinaryIO, header: Header, end: int) -> None:
-        self._delta, self._header = delta, header
-        self.side = unpack(self._read(end, header.side_size), MAX_SIDE_BYTES)
+    def __init__(self, delta: BinaryIO, header: Header, end: int, old: BinaryIO) -> None:
+        self._delta = delta
+        self.side = _side(header, unpack(self._read(end, header.side_size), MAX_SIDE_BYTES), old)
         at = end + header.side_size
         packed_tables = self._read(at, header.tables_size, limit=MAX_TABLE_BYTES)
         self._tables = load_tables(packed_tables) if packed_tables else None
+        total = sum(region.length for region in header.regions if region.kind in _CODED)
+        self._decoder = Decoder(self._tables, total) if self._tables is not None else None
         self._block_at = at + header.tables_size
         self._blocks = iter(header.blocks)
         self._contexts = _contexts(header)
@@ -257,20 +263,29 @@ class _Parts:
     def _next_block(self) -> Bytes:
         contexts = next(self._contexts, None)
         size = next(self._blocks, None)
-        if contexts is None or size is None or self._tables is None:
+        if contexts is None or size is None or self._tables is None or self._decoder is None:
             raise malformed("it has fewer residuals than its tensors need")
         data = self._read(self._block_at, size, limit=MAX_BLOCK_BYTES)
         self._block_at += size
         if int(contexts.max()) >= len(self._tables.frequencies):
             raise malformed("a tensor names a table that it does not have")
-        return decode_block(data, contexts, self._tables)
+        return self._decoder.decode(data, contexts)
 
     def check_end(self) -> None:
         """Nothing is left over: each byte of a delta means something."""
         if len(self._ready) or next(self._blocks, None) is not None:
             raise malformed("it has more residuals than its tensors need")
+        if self._decoder is not None:
+            self._decoder.check_end()
         self.planes.check_end()
         self.literals.check_end()
+
+
+def _side(header: Header, planes: bytes, old: BinaryIO) -> bytes:
+    """The new scales: differences to pieces of the base."""
+    if sum(length for _, length in header.origins) != len(planes):
+        raise malformed("its scales are not as many as their origins")
+    return _widen(b"".join(_base(old, begin, length) for begin, length in header.origins), planes, 4)
 
 
 def _contexts(header: Header) -> Iterator[Bytes]:
@@ -278,11 +293,11 @@ def _contexts(header: Header) -> Iterator[Bytes]:
     waiting: list[Bytes] = []
     count = 0
     for region in header.regions:
-        if region.kind not in {Kind.SUBTRACT, Kind.RESCALE}:
+        if region.kind not in _CODED:
             continue
         classes = np.frombuffer(header.classes, np.uint8, region.channels, region.classes)
-        for start in range(0, region.length, CHUNK):
-            size = min(CHUNK, region.length - start)
+        for start in range(0, region.length, _STEP):
+            size = min(_STEP, region.length - start)
             waiting.append(classes[channel_of(start, size, channels=region.channels, inner=region.inner)])
             count += size
             if count >= BLOCK_BYTES:
@@ -329,7 +344,7 @@ def _make(region: Region, parts: _Parts, old: BinaryIO) -> Iterator[bytes]:
         yield multiply(parts.scales(region), region.offset)
         return
     scales = _Scales(region, parts, old) if region.kind == Kind.RESCALE else None
-    step = CHUNK * region.width
+    step = _STEP if region.kind in _CODED else CHUNK * region.width
     for start in range(0, region.length, step):
         size = min(step, region.length - start)
         if region.kind == Kind.LITERAL:
@@ -356,12 +371,8 @@ def _base(old: BinaryIO, at: int, size: int) -> bytes:
 
 
 def _widen(old: bytes, planes: bytes, width: int) -> bytes:
-    """Old integers plus differences whose bytes lie in planes, the least significant first."""
-    count = len(old) // width
-    kind = np.dtype(f"<u{width}")
-    joined = np.frombuffer(planes, np.uint8).reshape(width, count).T
-    differences = np.ascontiguousarray(joined).view(kind).ravel()
-    found: bytes = (np.frombuffer(old, kind) + differences).astype(kind).tobytes()
+    """Old integers plus differences that are folded and in planes."""
+    found: bytes = (np.frombuffer(old, f"<u{width}") + unfold(planes, width)).astype(f"<u{width}").tobytes()
     return found
 
 

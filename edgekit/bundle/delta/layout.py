@@ -4,8 +4,9 @@
 
 All but the first two and the blocks are packed with LZMA. The target is written from its first byte to its last by the regions
 of the header, in order. A region is a copy from the base, a literal, a part of ``side``, or tensor data that is predicted from
-the base and corrected by residuals. Numbers are little-endian. Everything that is read is bounded before it is allocated, and
-the header must be in its one canonical form.
+the base and corrected by residuals. ``side`` holds the new scales, as differences to scales of the base. Differences of numbers
+of 2 and 4 bytes are folded (0, -1, 1, -2, …) and their bytes lie in planes, the least significant first. Numbers are
+little-endian. Everything that is read is bounded before it is allocated, and the header must be in its one canonical form.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import lzma
 import struct
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -42,7 +43,7 @@ class Kind(IntEnum):
     RESCALE = 4
     """Bytes of a quantized weight: old, brought to the new scale, + residual, modulo 256."""
     WIDE = 5
-    """Little-endian integers of 2 or 4 bytes (floats by their bits): old + difference, the bytes of which lie in planes."""
+    """Little-endian integers of 2 or 4 bytes (floats by their bits): old + difference, folded and in planes."""
     PRODUCT = 6
     """float32 scales of a bias: those of its weight, in the side bytes, times the scale of the activation."""
 
@@ -80,6 +81,8 @@ class Header(msgspec.Struct, frozen=True):
     target_size: int
     regions: list[Region]
     classes: bytes
+    origins: list[tuple[int, int]]
+    """Pieces of the base (begin, length), which the side bytes are differences to; together they are as long."""
     side_size: int
     tables_size: int
     blocks: list[int]
@@ -118,6 +121,12 @@ def malformed(why: str) -> ArtifactError:
     )
 
 
+_Pairs = Annotated[list[tuple[int, int]], msgspec.Meta(max_length=MAX_REGIONS)]
+_Numbers = Annotated[list[int], msgspec.Meta(max_length=MAX_REGIONS)]
+_Regions = Annotated[list[Region], msgspec.Meta(max_length=MAX_REGIONS)]
+"""The length is checked before anything is made of what is in them: the record of a few bytes takes a hundred in memory."""
+
+
 class _Columns(msgspec.Struct, frozen=True, array_like=True):
     """A header as it is written: the same things of all regions beside each other, which packs well.
 
@@ -129,14 +138,15 @@ class _Columns(msgspec.Struct, frozen=True, array_like=True):
     base_size: int
     target_size: int
     kinds: bytes
-    lengths: list[int]
+    lengths: _Numbers
     steps: bytes
-    gaps: list[int]
-    rest: list[Region]
+    gaps: _Numbers
+    rest: _Regions
     classes: bytes
+    origins: _Pairs
     side_size: int
     tables_size: int
-    blocks: list[int]
+    blocks: _Numbers
     planes_size: int
     literals_size: int
 
@@ -167,6 +177,7 @@ def _columns(header: Header) -> _Columns:
         gaps,
         [_without_offset(region) for region in header.regions if region.kind not in _PLAIN],
         header.classes,
+        header.origins,
         header.side_size,
         header.tables_size,
         header.blocks,
@@ -200,6 +211,7 @@ def _header(columns: _Columns) -> Header:
         columns.target_size,
         regions,
         columns.classes,
+        columns.origins,
         columns.side_size,
         columns.tables_size,
         columns.blocks,
@@ -290,12 +302,23 @@ def _check(header: Header) -> None:
         raise malformed("a size in it is out of bounds")
     if len(header.regions) > MAX_REGIONS or len(header.blocks) > MAX_REGIONS or header.side_size > MAX_SIDE_BYTES:
         raise malformed("it has too many parts")
+    _check_origins(header)
     total = 0
     for region in header.regions:
         _check_region(region, header)
         total += region.length
     if total != header.target_size:
         raise malformed("its regions do not make the target")
+
+
+def _check_origins(header: Header) -> None:
+    total = 0
+    for begin, length in header.origins:
+        if begin < 0 or not 0 < length <= MAX_SIDE_BYTES or begin + length > header.base_size:
+            raise malformed("scales lie outside the base")
+        total += length
+    if total > MAX_SIDE_BYTES or total % 4:
+        raise malformed("its scales do not fit")
 
 
 def _check_region(region: Region, header: Header) -> None:

@@ -1,7 +1,7 @@
 """Make a delta between two model files: tensors by name, subtracted; the rest copied or literal; and hdiffpatch as a rival.
 
 The smaller of ``tsub1`` and ``hdiff`` is kept, and none when it is not below 0.7 times the file itself: that is what a device
-would download instead. Reasons and measurements: docs/deltas.md.
+would download instead. It is applied once before it is given out. Reasons and measurements: docs/deltas.md.
 
     >>> made = make_delta(Path("old.onnx"), Path("new.onnx"))  # doctest: +SKIP
     >>> made.codec, len(made.content)                           # doctest: +SKIP
@@ -11,7 +11,10 @@ would download instead. Reasons and measurements: docs/deltas.md.
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +22,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.bundle.delta.apply import save_tables
+from edgekit.bundle.delta.apply import CHUNK, apply_delta, save_tables
+from edgekit.bundle.delta.flat import find_flat_tensors
 from edgekit.bundle.delta.layout import MAX_SIDE_BYTES, Header, Kind, Region, encode_header, pack, parse_header
-from edgekit.bundle.delta.predict import channel_of, multiply, rescale
-from edgekit.bundle.delta.rans import BLOCK_BYTES, Tables, cost_bits, encode_block, make_tables
+from edgekit.bundle.delta.predict import channel_of, fold, multiply, rescale
+from edgekit.bundle.delta.rans import Tables, cost_bits, encode, make_tables
+from edgekit.bundle.delta.rows import MISSING, changed_axis, match_rows, rows_along, runs
 from edgekit.bundle.delta.tensors import FLOAT, INT8, UINT8, Tensor, find_tensors
-from edgekit.schema.release import DeltaCodec
+from edgekit.errors import EdgekitError
+from edgekit.schema.digest import digest_bytes
+from edgekit.schema.release import DeltaCodec, DeltaRef
 
+logger = logging.getLogger(__name__)
 WORTH_SHARE = 0.7
 _MOVED_SHARE, _STRANGE_SHARE = 0.05, 0.1
 _TABLE_COUNTS = (1, 2, 4, 8, 16, 32)
@@ -36,6 +44,10 @@ _MAX_ANCHORED_BYTES = 8 << 20
 _FLOAT_BYTES = 4
 _MAX_PRODUCT, _MAX_SCALARS = 1 << 16, 4096
 _RIVAL_BYTES = 128 << 20
+_MAX_PIECES = 20_000
+"""Copies within one tensor."""
+_MAX_GROUPS, _LEAST_PER_GROUP = 1 << 16, 32
+"""Channels that choose their table (each needs 2 kB to count in), and how many bytes one must have for it."""
 Bytes = NDArray[np.uint8]
 
 
@@ -62,8 +74,22 @@ def make_delta(base: Path, target: Path, *, codecs: Sequence[DeltaCodec] = ("tsu
     if "hdiff" in codecs and max(len(old), len(new)) <= _RIVAL_BYTES and _may_lose(tried, new):
         rival = _hdiff(old, new)
         tried += [MadeDelta("hdiff", rival)] if rival is not None else []
-    best = min(tried, key=lambda made: len(made.content), default=None)
-    return best if best is not None and len(best.content) < WORTH_SHARE * len(new) else None
+    worth = [made for made in tried if len(made.content) < WORTH_SHARE * len(new)]
+    fits = (made for made in sorted(worth, key=lambda made: len(made.content)) if _gives(made, base, old, new))
+    return next(fits, None)
+
+
+def _gives(made: MadeDelta, base: Path, old: bytes, new: bytes) -> bool:
+    """Whether a device would make the target of it: nothing is published that was not tried."""
+    digests = {"base": digest_bytes(old), "target": digest_bytes(new), "digest": digest_bytes(made.content)}
+    ref = DeltaRef(**digests, size_bytes=len(made.content), codec=made.codec)
+    try:
+        with Path(os.devnull).open("wb") as sink:
+            apply_delta(io.BytesIO(made.content), base, sink, ref=ref, size_bytes=len(new))
+    except EdgekitError as error:
+        logger.warning("a %s delta from %s is left out: %s", made.codec, base, error.message)
+        return False
+    return True
 
 
 def _may_lose(tried: Sequence[MadeDelta], new: bytes) -> bool:
@@ -97,6 +123,7 @@ class _Plan:
 
     regions: list[Region] = field(default_factory=list)
     side: bytearray = field(default_factory=bytearray)
+    origins: list[tuple[int, int]] = field(default_factory=list)
     literals: list[bytes] = field(default_factory=list)
     planes: list[bytes] = field(default_factory=list)
     residuals: list[Bytes] = field(default_factory=list)
@@ -136,7 +163,7 @@ class _Planner:
 
     def __init__(self, plan: _Plan, old: bytes, new: bytes) -> None:
         self._plan, self._old, self._new = plan, old, new
-        self._before, self._after = find_tensors(old), find_tensors(new)
+        self._before, self._after = _tensors_of(old), _tensors_of(new)
         self._between = _Between(old, self._before)
         self._side_of = self._gather_scales()
         scalars = [each for each in self._after.values() if each.kind == FLOAT and each.size_bytes == _FLOAT_BYTES]
@@ -147,7 +174,10 @@ class _Planner:
         at = 0
         for tensor in sorted(self._after.values(), key=lambda tensor: tensor.offset):
             twin = self._before.get(tensor.name)
-            if twin is not None and _field_of(self._old, twin) == _field_of(self._new, tensor):
+            if tensor.offset < at:
+                continue  # bytes that two names share
+            field = _field_of(self._new, tensor)
+            if field and tensor.field_offset >= at and twin is not None and _field_of(self._old, twin) == field:
                 self._between.plan(self._plan, self._new[at : tensor.field_offset], at)
                 self._plan.copy(tensor.field_bytes, twin.field_offset)
                 at = tensor.field_offset + tensor.field_bytes
@@ -174,6 +204,7 @@ class _Planner:
             if data != _bytes_of(self._old, old_scale):
                 found[scale.name] = len(side)
                 side += data
+                self._plan.origins.append((old_scale.offset, old_scale.size_bytes))
         return found
 
     def _plan_tensor(self, twin: Tensor | None, tensor: Tensor) -> None:
@@ -182,7 +213,8 @@ class _Planner:
             self._plan.regions.append(Region(Kind.SIDE, len(data), self._side_of[tensor.name]))
             return
         if twin is None or (twin.kind, twin.shape, twin.size_bytes) != (tensor.kind, tensor.shape, tensor.size_bytes):
-            self._between.plan(self._plan, data, tensor.offset)
+            if twin is None or not _plan_rows(self._plan, _bytes_of(self._old, twin), data, twin, tensor):
+                self._between.plan(self._plan, data, tensor.offset)
             return
         base = _bytes_of(self._old, twin)
         if base == data:
@@ -244,10 +276,18 @@ class _Planner:
         count = region.scales
         side = bytes(self._plan.side[region.new_scales : region.new_scales + 4 * count])
         new_scales, old_scales = np.frombuffer(side, "<f4"), np.frombuffer(self._old, "<f4", count, region.old_scales)
-        channel = channel_of(0, len(values), channels=region.channels, inner=region.inner) * (count > 1)
-        return rescale(
-            values, old_scales[channel], new_scales[channel], is_signed=region.is_signed, zero_point=region.zero_point
-        )
+        found = np.empty_like(values)
+        for at in range(0, len(values), CHUNK):  # as many doubles at a time
+            part = values[at : at + CHUNK]
+            channel = channel_of(at, len(part), channels=region.channels, inner=region.inner) * (count > 1)
+            found[at : at + CHUNK] = rescale(
+                part, old_scales[channel], new_scales[channel], is_signed=region.is_signed, zero_point=region.zero_point
+            )
+        return found
+
+
+def _tensors_of(content: bytes) -> dict[str, Tensor]:
+    return find_flat_tensors(content) or find_tensors(content)
 
 
 def _field_of(data: bytes, tensor: Tensor) -> bytes:
@@ -260,13 +300,30 @@ def _bytes_of(data: bytes, tensor: Tensor) -> bytes:
 
 def _plan_wide(plan: _Plan, base: bytes, data: bytes, offset: int, width: int) -> None:
     kind = np.dtype(f"<u{width}")
-    difference = np.frombuffer(data, kind) - np.frombuffer(base, kind)
-    step = (1 << 18) * width
-    raw = difference.astype(kind).tobytes()
-    for start in range(0, len(raw), step):
-        piece = np.frombuffer(raw[start : start + step], np.uint8).reshape(-1, width)
-        plan.planes.append(np.ascontiguousarray(piece.T).tobytes())
+    differences = np.frombuffer(data, kind) - np.frombuffer(base, kind)
+    plan.planes += [fold(differences[at : at + CHUNK]) for at in range(0, len(differences), CHUNK)]
     plan.regions.append(Region(Kind.WIDE, len(data), offset, width))
+
+
+def _plan_rows(plan: _Plan, base: bytes, data: bytes, twin: Tensor, tensor: Tensor) -> bool:
+    """A tensor that lost or got rows: copies of those that both have. False when too few are the same."""
+    axis = changed_axis(twin.shape, tensor.shape)
+    if axis is None or twin.kind != tensor.kind or not twin.size_bytes:
+        return False
+    inner = math.prod(tensor.shape[axis + 1 :]) * tensor.item_bytes
+    before, after = (rows_along(part, each.shape, each.item_bytes, axis) for part, each in ((base, twin), (data, tensor)))
+    matches = match_rows(before, after)
+    pieces, outer = runs(matches), math.prod(tensor.shape[:axis])
+    if matches.count(MISSING) > len(matches) // 2 or len(pieces) * outer > _MAX_PIECES:
+        return False
+    for place in range(outer):
+        for source, begin, count in pieces:
+            at = (place * tensor.shape[axis] + begin) * inner
+            if source == MISSING:
+                plan.literal(data[at : at + count * inner])
+            else:
+                plan.copy(count * inner, twin.offset + (place * twin.shape[axis] + source) * inner)
+    return True
 
 
 def _plan_bytes(plan: _Plan, base: bytes, data: bytes, offset: int, group: tuple[int, int]) -> None:
@@ -354,13 +411,14 @@ def _encode(plan: _Plan, old: bytes, new: bytes) -> bytes:
         else:
             regions.append(region)
     blocks = _blocks(plan, classes, tables) if tables is not None else []
-    side, planes, literals = pack(bytes(plan.side)), pack(b"".join(plan.planes)), pack(b"".join(plan.literals))
+    side, planes, literals = pack(_side(plan, old)), pack(b"".join(plan.planes)), pack(b"".join(plan.literals))
     packed_tables = save_tables(tables) if tables is not None else b""
     header = Header(
         base_size=len(old),
         target_size=len(new),
         regions=regions,
         classes=b"".join(part.tobytes() for part in classes),
+        origins=plan.origins,
         side_size=len(side),
         tables_size=len(packed_tables),
         blocks=[len(block) for block in blocks],
@@ -370,6 +428,12 @@ def _encode(plan: _Plan, old: bytes, new: bytes) -> bytes:
     return b"".join([encode_header(header), side, packed_tables, *blocks, planes, literals])
 
 
+def _side(plan: _Plan, old: bytes) -> bytes:
+    """The new scales as differences to the old ones."""
+    before = b"".join(old[begin : begin + length] for begin, length in plan.origins)
+    return fold(np.frombuffer(bytes(plan.side), "<u4") - np.frombuffer(before, "<u4"))
+
+
 def _named(region: Region, at: int) -> Region:
     fields = {name: getattr(region, name) for name in Region.__struct_fields__}
     return Region(**(fields | {"classes": at}))
@@ -377,21 +441,20 @@ def _named(region: Region, at: int) -> Region:
 
 def _blocks(plan: _Plan, classes: list[Bytes], tables: Tables) -> list[bytes]:
     contexts = [
-        part[channel_of(0, len(residual), channels=channels, inner=inner)]
+        part[channel_of(at, min(CHUNK, len(residual) - at), channels=channels, inner=inner)]
         for residual, part, (channels, inner) in zip(plan.residuals, classes, plan.groups, strict=True)
+        for at in range(0, len(residual), CHUNK)
     ]
-    data, table_of = np.concatenate(plan.residuals), np.concatenate(contexts)
-    return [
-        encode_block(data[at : at + BLOCK_BYTES], table_of[at : at + BLOCK_BYTES], tables)
-        for at in range(0, len(data), BLOCK_BYTES)
-    ]
+    return encode(np.concatenate(plan.residuals), np.concatenate(contexts), tables)
 
 
 def _choose_tables(residuals: list[Bytes], groups: list[tuple[int, int]]) -> tuple[Tables | None, list[Bytes]]:
     """How many tables, and which channel uses which: what makes the whole smallest."""
     if not residuals:
         return None, []
-    counts = np.concatenate([_counts(data, *group) for data, group in zip(residuals, groups, strict=True)])
+    most = _MAX_GROUPS // len(residuals)
+    parts = [_counts(data, *group, most=most) for data, group in zip(residuals, groups, strict=True)]
+    counts = np.concatenate(parts)
     best: tuple[float, Tables, Bytes] | None = None
     for number in _TABLE_COUNTS:
         if number > len(counts):
@@ -401,15 +464,20 @@ def _choose_tables(residuals: list[Bytes], groups: list[tuple[int, int]]) -> tup
         if best is None or size < best[0]:
             best = (size, tables, chosen)
     assert best is not None
-    borders = np.cumsum([channels for channels, _ in groups])[:-1]
-    return best[1], [part.astype(np.uint8) for part in np.split(best[2], borders)]
+    split = np.split(best[2], np.cumsum([len(part) for part in parts])[:-1])
+    return best[1], [np.resize(part, channels) for part, (channels, _) in zip(split, groups, strict=True)]
 
 
-def _counts(data: Bytes, channels: int, inner: int) -> NDArray[np.int64]:
-    """How often each byte occurs in each channel: [channels, 256]."""
-    channel = channel_of(0, len(data), channels=channels, inner=inner)
-    flat = np.bincount(channel * 256 + data, minlength=channels * 256)
-    return flat.reshape(channels, 256)
+def _counts(data: Bytes, channels: int, inner: int, *, most: int) -> NDArray[np.int64]:
+    """How often each byte occurs in each channel, [channels, 256]; in all, [1, 256], where channels are too many or short."""
+    if channels > most or len(data) < _LEAST_PER_GROUP * channels:
+        return np.bincount(data, minlength=256).reshape(1, 256)
+    counts = np.zeros(channels * 256, np.int64)
+    for at in range(0, len(data), CHUNK):
+        part = data[at : at + CHUNK]
+        channel = channel_of(at, len(part), channels=channels, inner=inner)
+        counts += np.bincount(channel * 256 + part, minlength=channels * 256)
+    return counts.reshape(channels, 256)
 
 
 def _cluster(counts: NDArray[np.int64], number: int) -> tuple[Tables, Bytes]:

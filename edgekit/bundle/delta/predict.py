@@ -1,10 +1,12 @@
-"""What a quantized weight would be at its new scale: the prediction that residuals correct. Both sides share it.
+"""What both sides of a delta compute alike: a quantized weight at its new scale, products of scales, folded differences.
 
 Exact on every machine: the products of 8-bit integers with float32 scales fit in a double, and one IEEE division and one
 rounding to even follow.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,22 @@ def channel_of(start: int, count: int, *, channels: int, inner: int) -> NDArray[
     places = np.arange(start, start + count, dtype=np.int64)
     found: NDArray[np.int64] = (places // inner) % channels
     return found
+
+
+def fold(differences: NDArray[Any]) -> bytes:
+    """Unsigned differences as 0, -1, 1, -2, 2, … in planes of bytes: what is small has only zeros in the upper planes."""
+    width = differences.dtype.itemsize
+    signs = differences >> (8 * width - 1)
+    folded = (differences << 1) ^ (0 - signs)
+    found: bytes = folded.astype(f"<u{width}").view(np.uint8).reshape(-1, width).T.tobytes()
+    return found
+
+
+def unfold(planes: bytes, width: int) -> NDArray[Any]:
+    """The opposite of :func:`fold`, for integers of ``width`` bytes."""
+    joined = np.frombuffer(planes, np.uint8).reshape(width, -1).T
+    folded = np.ascontiguousarray(joined).view(f"<u{width}").ravel()
+    return (folded >> 1) ^ (0 - (folded & 1))
 
 
 def multiply(scales: NDArray[np.float32], factor_bits: int) -> bytes:

@@ -2,11 +2,13 @@
 
 J. Duda, "Asymmetric numeral systems", arXiv:1311.2540; F. Giesen, "Interleaved entropy coders", arXiv:1402.3392. 32-bit states,
 16-bit words, probabilities of 12 bits. Symbol i of a block belongs to lane i mod lanes; all lanes advance together, which is
-what makes it fast in numpy. Integers only: every machine decodes the same bytes. One block is held at a time.
+what makes it fast in numpy. Integers only: every machine decodes the same bytes. One block is held at a time; the states go on
+from block to block.
 
     >>> tables = make_tables(np.array([[3, 1, *[0] * 254]]))
     >>> context = np.zeros(4, np.uint8)
-    >>> decode_block(encode_block(np.array([0, 1, 0, 0], np.uint8), context, tables), context, tables).tolist()
+    >>> blocks = encode(np.array([0, 1, 0, 0], np.uint8), context, tables)
+    >>> Decoder(tables, 4).decode(blocks[0], context).tolist()
     [0, 1, 0, 0]
 """
 
@@ -92,17 +94,25 @@ def cost_bits(counts: NDArray[np.int64], tables: Tables) -> NDArray[np.float64]:
     return found
 
 
-def _lanes(count: int) -> int:
-    return max(1, min(_MAX_LANES, count // _SYMBOLS_PER_LANE))
+def _lanes(total: int) -> int:
+    return max(1, min(_MAX_LANES, total // _SYMBOLS_PER_LANE))
 
 
-def encode_block(data: Bytes, contexts: Bytes, tables: Tables) -> bytes:
-    """One block, at most ``BLOCK_BYTES`` symbols: the lanes' states, then the words in the order that they are read."""
-    lanes = _lanes(len(data))
-    steps = -(-len(data) // lanes)
-    states = np.full(lanes, _LOW, np.uint64)
+def encode(data: Bytes, contexts: Bytes, tables: Tables) -> list[bytes]:
+    """Blocks of ``BLOCK_BYTES`` symbols: words in the order that they are read, before the first ones the lanes' states."""
+    states = np.full(_lanes(len(data)), _LOW, np.uint64)
+    blocks = []
+    for at in range(0, len(data), BLOCK_BYTES)[::-1]:
+        part = slice(at, at + BLOCK_BYTES)
+        blocks.append(_encode_block(data[part], contexts[part], tables, states))
+    return [states.astype("<u4").tobytes() + blocks[-1], *blocks[-2::-1]] if blocks else []
+
+
+def _encode_block(data: Bytes, contexts: Bytes, tables: Tables, states: NDArray[np.uint64]) -> bytes:
+    """The words of a block, from its last symbol to its first; the states are led on."""
+    lanes = len(states)
     words: list[NDArray[np.uint16]] = []
-    for step in range(steps - 1, -1, -1):
+    for step in range(-(-len(data) // lanes))[::-1]:
         part = slice(step * lanes, min(len(data), (step + 1) * lanes))
         symbols, rows = data[part], contexts[part]
         frequency, start = tables.frequencies[rows, symbols], tables.starts[rows, symbols]
@@ -112,41 +122,70 @@ def encode_block(data: Bytes, contexts: Bytes, tables: Tables) -> bytes:
         active = np.where(full, active >> np.uint64(16), active)
         quotient = active // frequency
         states[: len(symbols)] = (quotient << np.uint64(_BITS)) + (active - quotient * frequency) + start
-    tail = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
-    return states.astype("<u4").tobytes() + tail.astype("<u2").tobytes()
+    return np.concatenate(words[::-1]).astype("<u2").tobytes()
 
 
-def decode_block(block: bytes, contexts: Bytes, tables: Tables) -> Bytes:
-    """The bytes of a block, one for each context.
+class Decoder:
+    """The bytes of the blocks of one delta, in order.
 
-    Raises:
-        ArtifactError: ``delta.malformed`` when the block is too short, too long, or does not end as it began.
+    Args:
+        tables: as they were used to encode.
+        total: symbols of all blocks.
     """
-    count = len(contexts)
-    lanes = _lanes(count)
-    if len(block) < 4 * lanes or len(block) % 2:
-        raise ArtifactError("delta.malformed", "a coded block is cut off.")
-    states = np.frombuffer(block, "<u4", lanes).astype(np.uint64)
-    words = np.frombuffer(block, "<u2", offset=4 * lanes).astype(np.uint64)
-    out = np.empty(count, np.uint8)
-    position = 0
-    rows_at = contexts.astype(np.int64) << _BITS
-    for step in range(-(-count // lanes)):
-        part = slice(step * lanes, min(count, (step + 1) * lanes))
-        rows = contexts[part]
-        active = states[: len(rows)]
-        slots = active & np.uint64(_TOTAL - 1)
-        symbols = tables.symbols[rows_at[part] + slots.astype(np.int64)]
-        out[part] = symbols
-        active = tables.frequencies[rows, symbols] * (active >> np.uint64(_BITS)) + slots - tables.starts[rows, symbols]
-        empty = np.flatnonzero(active < _LOW)
-        if len(empty):
-            following = words[position : position + len(empty)]
-            if len(following) < len(empty):
-                raise ArtifactError("delta.malformed", "a coded block is cut off.")
-            active[empty] = (active[empty] << np.uint64(16)) | following
-            position += len(empty)
-        states[: len(rows)] = active
-    if position != len(words) or (states != _LOW).any():
-        raise ArtifactError("delta.malformed", "a coded block does not end as it began.")
-    return out
+
+    def __init__(self, tables: Tables, total: int) -> None:
+        self._tables, self._lanes = tables, _lanes(total)
+        self._states: NDArray[np.uint64] | None = None
+
+    def decode(self, block: bytes, contexts: Bytes) -> Bytes:
+        """The bytes of the next block, one for each context.
+
+        Raises:
+            ArtifactError: ``delta.malformed`` when the block is too short or too long.
+        """
+        if self._states is None:
+            head = 4 * self._lanes
+            if len(block) < head:
+                raise _cut_off()
+            self._states = np.frombuffer(block, "<u4", self._lanes).astype(np.uint64)
+            block = block[head:]
+        if len(block) % 2:
+            raise _cut_off()
+        return self._decode(np.frombuffer(block, "<u2").astype(np.uint64), contexts, self._states)
+
+    def _decode(self, words: NDArray[np.uint64], contexts: Bytes, states: NDArray[np.uint64]) -> Bytes:
+        tables, lanes, count = self._tables, self._lanes, len(contexts)
+        out = np.empty(count, np.uint8)
+        position = 0
+        for step in range(-(-count // lanes)):
+            part = slice(step * lanes, min(count, (step + 1) * lanes))
+            rows = contexts[part]
+            active = states[: len(rows)]
+            slots = active & np.uint64(_TOTAL - 1)
+            symbols = tables.symbols[(rows.astype(np.int64) << _BITS) + slots.astype(np.int64)]
+            out[part] = symbols
+            active = tables.frequencies[rows, symbols] * (active >> np.uint64(_BITS)) + slots - tables.starts[rows, symbols]
+            empty = np.flatnonzero(active < _LOW)
+            if len(empty):
+                following = words[position : position + len(empty)]
+                if len(following) < len(empty):
+                    raise _cut_off()
+                active[empty] = (active[empty] << np.uint64(16)) | following
+                position += len(empty)
+            states[: len(rows)] = active
+        if position != len(words):
+            raise ArtifactError("delta.malformed", "a coded block is longer than it may be.")
+        return out
+
+    def check_end(self) -> None:
+        """The coder ends as it began; one damaged word would lead it elsewhere.
+
+        Raises:
+            ArtifactError: ``delta.malformed``.
+        """
+        if self._states is not None and (self._states != _LOW).any():
+            raise ArtifactError("delta.malformed", "its coded blocks do not end as they began.")
+
+
+def _cut_off() -> ArtifactError:
+    return ArtifactError("delta.malformed", "a coded block is cut off.")
