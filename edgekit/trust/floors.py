@@ -66,13 +66,14 @@ def raise_roles(floors: Floors, seen: RoleVersions, now: datetime) -> Floors:
     is_new_root = seen.root > floors.root
     named = {role.partition(":")[0] for role in seen.delegated}
     delegated = {role: version for role, version in floors.delegated.items() if role.partition(":")[0] not in named}
-    delegated |= {role: max(version, floors.delegated.get(role, 0)) for role, version in seen.delegated.items()}
+    # int(): python-tuf takes a version of true for 1, and a state file that says true could not be read again
+    delegated |= {role: int(max(version, floors.delegated.get(role, 0))) for role, version in seen.delegated.items()}
     return msgspec.structs.replace(
         floors,
-        root=max(floors.root, seen.root),
-        timestamp=seen.timestamp if is_new_root else max(floors.timestamp, seen.timestamp),
-        snapshot=seen.snapshot if is_new_root else max(floors.snapshot, seen.snapshot),
-        targets=seen.targets if is_new_root else max(floors.targets, seen.targets),
+        root=int(max(floors.root, seen.root)),
+        timestamp=int(seen.timestamp if is_new_root else max(floors.timestamp, seen.timestamp)),
+        snapshot=int(seen.snapshot if is_new_root else max(floors.snapshot, seen.snapshot)),
+        targets=int(seen.targets if is_new_root else max(floors.targets, seen.targets)),
         time=reference_time(floors, now),
         delegated=delegated,
     )

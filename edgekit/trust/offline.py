@@ -146,13 +146,14 @@ def _raised(floors: Floors, root: int, targets: int, delegated: dict[str, int]) 
     anybody could put beside old targets.
     """
     is_new_root = root > floors.root
+    higher = {name: int(max(version, floors.delegated.get(name, 0))) for name, version in delegated.items()}
     return msgspec.structs.replace(
         floors,
-        root=max(floors.root, root),
-        targets=max(floors.targets, targets),
+        root=int(max(floors.root, root)),  # int(): as online, a version may be true
+        targets=int(max(floors.targets, targets)),
         timestamp=0 if is_new_root else floors.timestamp,
         snapshot=0 if is_new_root else floors.snapshot,
-        delegated=floors.delegated | {name: max(version, floors.delegated.get(name, 0)) for name, version in delegated.items()},
+        delegated=floors.delegated | higher,
     )
 
 

@@ -480,13 +480,13 @@ class StickTarget(Target):
         contents = {self._files[seed[0]]: seed[1:] for seed in self.seeds} | {self._files[which]: data[1:]}
         for name, content in contents.items():
             (self._folder / "metadata" / name).write_bytes(content)
-        found = read_stick(self._folder, root=self._provisioned, floors=Floors(root=1, targets=2), now=NOW)
+        found = read_stick(self._folder, root=self.provisioned, floors=Floors(root=1, targets=2), now=NOW)
         use_releases(found.releases, found.recalls)
         assert found.floors.targets >= 2
         assert msgspec.json.decode(encode_json(found.floors), type=Floors) == found.floors
 
     @cached_property
-    def _provisioned(self) -> bytes:
+    def provisioned(self) -> bytes:
         return _signed(_root(1))
 
 
