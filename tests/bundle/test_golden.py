@@ -19,6 +19,7 @@ from edgekit.errors import ArtifactError, DataError, UsageError
 from edgekit.schema.base import decode_msgpack
 from edgekit.schema.manifest import GoldenSample, GoldenSet
 from edgekit.schema.tensor import TensorData
+from edgekit.target.load import load_target
 from edgekit.trust.signer import generate_signer
 
 
@@ -234,7 +235,8 @@ def signer():
 
 def test_pack_real_model_and_test_it_again(tmp_path, signer):
     folder = candidate_folder(tmp_path / "out")
-    path = pack(folder, tmp_path / "a.edgekit", signer, data=DATA, arch=("x86-64",))
+    profile = load_target("x86-64-avx2")
+    path = pack(folder, tmp_path / "a.edgekit", signer, data=DATA, profile=profile)
     found = verify_bundle(path, [signer.public_key])
     variant = found.manifest.variants[0]
     assert [ref.path for ref in found.manifest.blobs] == [
@@ -242,14 +244,14 @@ def test_pack_real_model_and_test_it_again(tmp_path, signer):
     ]  # fmt: skip
     assert variant.requires.runtime == "onnxruntime"
     assert variant.requires.runtime_version.count(".") == 1
-    assert variant.requires.arch == ("x86-64",)
+    assert variant.requires.arch == ()  # float32 runs everywhere
     golden = decode_msgpack(found.blob(variant.golden), GoldenSet)
     result = run_golden(open_onnx(folder / "model.onnx", threads=1, is_optimized=True), golden)
     assert result.is_passed, result.reason
     other = candidate_folder(tmp_path / "other", seed=1)
     wrong = run_golden(open_onnx(other / "model.onnx", threads=1, is_optimized=True), golden)
     assert not wrong.is_passed
-    assert pack(folder, tmp_path / "b.edgekit", signer, data=DATA, arch=("x86-64",)).read_bytes() == path.read_bytes()
+    assert pack(folder, tmp_path / "b.edgekit", signer, data=DATA, profile=profile).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
