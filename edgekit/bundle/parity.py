@@ -66,14 +66,14 @@ def measure_parity(
     for each in feeds[:MAX_SAMPLES]:
         expected, got = first.run(each), other.run(each)
         for key, value in expected.items():
-            wanted = value.astype(np.float64)
-            signal += float((wanted**2).sum())
-            noise += float(((got[key].astype(np.float64) - wanted) ** 2).sum())
+            power, error = _powers(value.astype(np.float64), got[key].astype(np.float64))
+            signal, noise = signal + power, noise + error
         if contract.task == "classification":
-            left, right = (next(iter(answer.values())) for answer in (expected, got))
+            scores = next(iter(expected))
+            left, right = expected[scores], got[scores]
             same += int((left.argmax(-1) == right.argmax(-1)).sum())
             rows += int(math.prod(left.shape[:-1]))
-    sqnr = min(MAX_DB, 10 * math.log10(signal / noise)) if noise > 0 and signal > 0 else MAX_DB
+    sqnr = _decibels(signal, noise)
     agreement = same / rows if rows else None
     found = agreement if name == "agreement" else sqnr
     return Parity(
@@ -83,8 +83,25 @@ def measure_parity(
         sqnr_db=round(sqnr, 2),
         agreement=agreement,
         limit=text,
-        is_met=found is not None and found >= least,
+        is_met=found is not None and math.isfinite(noise) and found >= least,
     )
+
+
+def _powers(wanted: Array, got: Array) -> tuple[float, float]:
+    """Signal and noise power; values that are not finite on one side only are noise without end."""
+    is_same = (wanted == got) | (np.isnan(wanted) & np.isnan(got))
+    is_finite = np.isfinite(wanted) & np.isfinite(got)
+    if not (is_same | is_finite).all():
+        return 0.0, math.inf
+    left, right = wanted[is_finite], got[is_finite]
+    return float((left**2).sum()), float(((right - left) ** 2).sum())
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """SQNR within the ends that are told: no noise is the upper one, nothing but noise the lower."""
+    if noise <= 0:
+        return MAX_DB
+    return max(-MAX_DB, min(MAX_DB, 10 * math.log10(signal / noise))) if signal > 0 and math.isfinite(noise) else -MAX_DB
 
 
 def check_parity(parity: Parity, variant: str) -> None:

@@ -10,11 +10,13 @@ True
 
 from __future__ import annotations
 
+from edgekit.schema.artifact import ModelFormat
 from edgekit.schema.manifest import Requires
 from edgekit.schema.target import RuntimeName, TargetProfile
 
 VNNI = ("avx512_vnni", "avx_vnni")
 """Either of them multiplies bytes without overflow."""
+RUNTIME_OF: dict[ModelFormat, RuntimeName] = {"onnx": "onnxruntime", "tflite": "litert"}
 _PORTABLE = ("fp32", "fp16")
 
 

@@ -10,6 +10,7 @@ The runtime is an argument (see :class:`edgekit.bundle.sampling.ModelOpener`): a
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,10 @@ from edgekit.bundle.parity import MAX_SAMPLES as MAX_PARITY_SAMPLES
 from edgekit.bundle.parity import check_contract, check_parity, measure_parity
 from edgekit.bundle.reader import parse_manifest, read_bundle
 from edgekit.bundle.sampling import OpenedModel, Samples, make_golden, sample_feeds
-from edgekit.bundle.selection import requires_of
+from edgekit.bundle.selection import RUNTIME_OF, requires_of
 from edgekit.durable import sync_folder, write_durably
 from edgekit.errors import ArtifactError, UsageError
-from edgekit.schema.artifact import ModelArtifact, ModelFormat
+from edgekit.schema.artifact import ModelArtifact
 from edgekit.schema.base import decode_json, encode_json, encode_msgpack
 from edgekit.schema.candidate import Candidate
 from edgekit.schema.digest import CHUNK_BYTES, digest_bytes, digest_file, short
@@ -43,7 +44,7 @@ from edgekit.schema.manifest import (
     Requires,
     Variant,
 )
-from edgekit.schema.target import RuntimeName, TargetProfile
+from edgekit.schema.target import TargetProfile
 from edgekit.trust.signer import Signer, sign_envelope
 
 Content = bytes | Path
@@ -51,7 +52,6 @@ GOLDEN_PATH = "golden.msgpack"
 CANDIDATE_FILE = "candidate.json"
 REPORT_FILES = ("report.html", "report.json")
 DEFAULT_GOLDEN_SAMPLES = 8
-_RUNTIME_OF: dict[ModelFormat, RuntimeName] = {"onnx": "onnxruntime", "tflite": "litert"}
 
 
 class SessionOpener(Protocol):
@@ -223,6 +223,7 @@ def draft_bundle(
     data: Samples | None = None,
     golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
     profile: TargetProfile | None = None,
+    rules: Requires | None = None,
     ram_mb: float | None = None,
     created_at: datetime | None = None,
     threads: int = 2,
@@ -238,7 +239,8 @@ def draft_bundle(
         data: real samples for the golden set.
         golden_samples: how many to keep.
         profile: the target that it was made for, which says what a device must have; None asks for the runtime only.
-        ram_mb: memory that a device must have.
+        rules: architecture and instructions as the run for several targets wrote them down; they count before the profile.
+        ram_mb: memory that a device must have; None: the measured peak, where there is one.
         created_at: for bytes that can be made again; None is now.
         threads: the largest number of threads that the tolerance is measured with.
         seed: for drawn golden inputs.
@@ -270,10 +272,12 @@ def draft_bundle(
     requires = requires_of(
         profile,
         precision=artifact.precision,
-        runtime=_RUNTIME_OF[artifact.format],
+        runtime=RUNTIME_OF[artifact.format],
         runtime_version=made.runtime_version,
-        ram_mb=ram_mb,
+        ram_mb=ram_mb if ram_mb is not None else _measured_ram_mb(candidate),
     )
+    if rules is not None:
+        requires = msgspec.structs.replace(requires, arch=rules.arch, isa=rules.isa, isa_any=rules.isa_any)
     manifest = Manifest(
         name=name,
         version=version,
@@ -296,6 +300,7 @@ def add_variant(
     data: Samples | None = None,
     golden_samples: int = DEFAULT_GOLDEN_SAMPLES,
     profile: TargetProfile | None = None,
+    rules: Requires | None = None,
     limit: str = "",
     data_digest: str | None = None,
     threads: int = 2,
@@ -310,6 +315,7 @@ def add_variant(
         data: real samples for both; without them parity is measured on drawn inputs.
         golden_samples: how many to keep.
         profile: the target that it was made for.
+        rules: architecture and instructions as the run for several targets wrote them down; they count before the profile.
         limit: of parity, for example ``agreement>=0.98``; empty takes the task's default.
         data_digest: of the samples' data set.
         threads: the largest number of threads that the tolerance is measured with.
@@ -326,6 +332,7 @@ def add_variant(
         data=data,
         golden_samples=golden_samples,
         profile=profile,
+        rules=rules,
         created_at=draft.manifest.created_at,
         threads=threads,
         seed=seed,
@@ -360,6 +367,12 @@ def _opened(draft: Draft, digest: str, open_session: SessionOpener) -> Iterator[
         yield session
     finally:
         session.close()
+
+
+def _measured_ram_mb(candidate: Candidate) -> float | None:
+    """Peak memory where it was measured, in whole MB."""
+    peak = candidate.latency.peak_rss_mb if candidate.latency else None
+    return float(math.ceil(peak)) if peak is not None else None
 
 
 def _variant(name: str, artifact: ModelArtifact, golden: str, requires: Requires) -> Variant:

@@ -6,6 +6,7 @@ import enum
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
     from edgekit.schema.candidate import Candidate
-    from edgekit.schema.manifest import Manifest, Parity
+    from edgekit.schema.manifest import Manifest, Parity, Requires
     from edgekit.schema.target import TargetProfile
 
 app = typer.Typer(
@@ -133,8 +134,8 @@ def pack(
     if not data:
         warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
     path = destination or Path(f"{name}-{version}.edgekit")
-    folders = _expanded(folder, with_fp32=with_fp32)
-    draft, samples = _draft(folders, name=name, version=version, data=data, golden=golden, parity=parity)
+    variants = _expanded(folder, with_fp32=with_fp32)
+    draft, samples = _draft(variants, name=name, version=version, data=data, golden=golden, parity=parity)
     draft = bundle_evidence.add_evidence(draft, card=card, data=samples, open_session=_open)
     with _sealed(draft, recipients, path) as sealed:
         ready = bundle_evidence.add_signature(sealed, oms_key)
@@ -143,35 +144,48 @@ def pack(
     out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(bundle.manifest_digest)}")
 
 
-def _expanded(folders: Sequence[Path], *, with_fp32: bool) -> list[tuple[Path, Candidate]]:
-    """The folders with their candidates, one for each variant, the most demanding first."""
-    from edgekit.bundle.selection import requires_of, strictness
+@dataclass(frozen=True)
+class _Made:
+    """One variant to pack: its folder, its candidate and what devices must have."""
+
+    folder: Path
+    candidate: Candidate
+    profile: TargetProfile | None
+    rules: Requires | None
+
+
+def _expanded(folders: Sequence[Path], *, with_fp32: bool) -> list[_Made]:
+    """One for each variant, the most demanding first."""
+    from edgekit.bundle.selection import RUNTIME_OF, requires_of, strictness
     from edgekit.bundle.writer import read_candidate
     from edgekit.schema.base import decode_json
     from edgekit.schema.variants import VARIANTS_FILE, VariantList
 
-    found: list[Path] = []
+    found: dict[Path, Requires | None] = {}
     for folder in folders:
         listing = folder / VARIANTS_FILE
         if listing.is_file():
-            made = decode_json(listing.read_bytes(), VariantList, name=str(listing))
-            found += [folder / each.folder for each in made.variants]
+            listed = decode_json(listing.read_bytes(), VariantList, name=str(listing))
+            found.update({folder / each.folder: each.requires for each in listed.variants})
         else:
-            found.append(folder)
+            found.setdefault(folder, None)
     if with_fp32:
-        found += _fp32_folder(found)
-    candidates = [(path, read_candidate(path)[0]) for path in dict.fromkeys(found)]
-    for _, candidate in candidates:
+        found.update(dict.fromkeys(_fp32_folder(list(found))))
+    variants = []
+    for path, rules in found.items():
+        candidate = read_candidate(path)[0]
         if not candidate.verdict.is_budget_met:
             warn(f"{candidate.name} for {candidate.target} misses its budget: {candidate.verdict.reason}")
+        variants.append(_Made(path, candidate, None if rules else _profile_of(candidate), rules))
 
-    def demand(item: tuple[Path, Candidate]) -> int:
-        artifact = item[1].artifact
-        precision = artifact.precision if artifact else ""
-        profile = _profile_of(item[1])
-        return strictness(requires_of(profile, precision=precision, runtime="onnxruntime", runtime_version=""))
+    def demand(item: _Made) -> int:
+        artifact = item.candidate.artifact
+        if item.rules is not None or artifact is None:
+            return strictness(item.rules) if item.rules else 0
+        runtime = RUNTIME_OF[artifact.format]
+        return strictness(requires_of(item.profile, precision=artifact.precision, runtime=runtime, runtime_version=""))
 
-    return sorted(candidates, key=demand, reverse=True)
+    return sorted(variants, key=demand, reverse=True)
 
 
 def _fp32_folder(folders: Sequence[Path]) -> list[Path]:
@@ -187,31 +201,33 @@ def _fp32_folder(folders: Sequence[Path]) -> list[Path]:
 
 
 def _draft(
-    folders: Sequence[tuple[Path, Candidate]], *, name: str, version: str, data: str, golden: int, parity: str
+    variants: Sequence[_Made], *, name: str, version: str, data: str, golden: int, parity: str
 ) -> tuple[Draft, Dataset | None]:
     """The release with all its variants, not signed yet, and the samples."""
     from edgekit.bundle.writer import add_variant, draft_bundle
 
-    (first, candidate), *others = folders
-    samples = _load_samples(candidate, data) if data else None
+    first, *others = variants
+    samples = _load_samples(first.candidate, data) if data else None
     draft = draft_bundle(
-        first,
+        first.folder,
         name=name,
         version=version,
         open_session=_open,
         data=samples,
         golden_samples=golden,
-        profile=_profile_of(candidate),
+        profile=first.profile,
+        rules=first.rules,
         created_at=source_date(),
     )
-    for folder, other in others:
+    for other in others:
         draft = add_variant(
             draft,
-            folder,
+            other.folder,
             open_session=_open,
             data=samples,
             golden_samples=golden,
-            profile=_profile_of(other),
+            profile=other.profile,
+            rules=other.rules,
             limit=parity,
             data_digest=samples.digest if samples is not None else None,
         )
@@ -223,7 +239,8 @@ def _draft(
 
 def _parity(parity: Parity) -> str:
     agreement = f"agreement {parity.agreement:.4f}, " if parity.agreement is not None else ""
-    return f"{agreement}{parity.sqnr_db:.1f} dB against {parity.reference} on {parity.samples} samples ({parity.limit})"
+    kind = "samples" if parity.data else "drawn inputs, no data was given"
+    return f"{agreement}{parity.sqnr_db:.1f} dB against {parity.reference} on {parity.samples} {kind} ({parity.limit})"
 
 
 def _recipients(values: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgekit.compiler.preparation import OptimizeRequest
     from edgekit.compiler.result import OptimizeResult
     from edgekit.schema.candidate import Candidate
+    from edgekit.schema.variants import MadeVariant
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -54,6 +55,12 @@ def optimize(
         metavar="FILE",
         help="Times of nodes measured on the target: DIR/latency-table.json of a run there.",
     ),
+    previous: Path | None = typer.Option(
+        None,
+        "--previous",
+        metavar="DIR|ONNX",
+        help="The previous release: offer a candidate that keeps its scales, and prefer it in a tie if its update is smaller.",
+    ),
     is_strict: bool = typer.Option(
         False, "--strict", help="Exit 1 too when the runtime does not run the chosen file as it was meant (edgekit inspect)."
     ),
@@ -87,12 +94,16 @@ def optimize(
         threads=threads,
         time_limit=time_limit,
         latency_table=latency_table,
+        previous=previous,
+        update_bytes=_update_bytes,
     )
     if len(target) > 1:
         requests = _requests_by_target(request, target)
         return _run_several(requests, is_dry_run=is_dry_run, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
     if is_dry_run:
-        _print_plan(request, is_json=is_json, is_quiet=is_quiet)
+        plan = _print_plan(request, is_json=is_json, is_quiet=is_quiet)
+        if is_json:
+            out_json(plan)
         return 0
     return _run(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict)
 
@@ -111,7 +122,34 @@ def _requests_by_target(request: OptimizeRequest, targets: list[str]) -> dict[st
     if len(set(names)) != len(names):
         raise UsageError("target.twice", f"--target {', '.join(names)}: a target is named twice.", hint="Name each once.")
     base = request.out or default_out(stem_of(request.model), "variants")
-    return {name: replace(request, target=text, out=base / name) for name, text in zip(names, targets, strict=True)}
+    own = replace(request, work=base)
+    return {
+        name: replace(own, target=text, out=base / name, previous=_previous_of(request.previous, name))
+        for name, text in zip(names, targets, strict=True)
+    }
+
+
+def _previous_of(previous: Path | None, target: str) -> Path | None:
+    """The previous release for one of several targets; a run for several has a folder for each."""
+    from edgekit.schema.base import decode_json
+    from edgekit.schema.variants import VARIANTS_FILE, VariantList
+
+    listing = previous / VARIANTS_FILE if previous is not None else None
+    if previous is None or listing is None or not listing.is_file():
+        return previous
+    made = decode_json(listing.read_bytes(), VariantList, name=str(listing)).variants
+    found = next((previous / each.folder for each in made if each.target == target), None)
+    if found is None:
+        warn(f"{listing}: has no variant for {target}, so no scales are kept for it")
+    return found
+
+
+def _update_bytes(previous: Path, model: Path) -> int:
+    """What a device with the previous model downloads: the delta that would be published, or the whole."""
+    from edgekit.bundle.delta.make import make_delta
+
+    made = make_delta(previous, model)
+    return len(made.content) if made else model.stat().st_size
 
 
 def _run_several(
@@ -120,35 +158,54 @@ def _run_several(
     """Optimize for one target after the other, and list the results for ``bundle pack``."""
     from edgekit.durable import write_durably
     from edgekit.schema.base import encode_json
-    from edgekit.schema.variants import VARIANTS_FILE, MadeVariant, VariantList
+    from edgekit.schema.variants import VARIANTS_FILE, VariantList
 
+    plans: list[dict[str, object]] = []
     results: list[tuple[OptimizeResult, bool]] = []
     for number, (name, request) in enumerate(requests.items(), 1):
         note(f"target {number} of {len(requests)}: {name}", "bold")
         if is_dry_run:
-            _print_plan(request, is_json=is_json, is_quiet=is_quiet)
+            plan = _print_plan(request, is_json=is_json, is_quiet=is_quiet)
+            plans.append(plan)
             continue
         results.append(_optimize(request, is_json=is_json, is_quiet=is_quiet, is_strict=is_strict))
     if is_dry_run:
+        if is_json:
+            out_json(plans)
         return 0
     base = next(iter(requests.values())).out
     assert base is not None, "every target's folder was named"
     base = base.parent
-    made = [
-        MadeVariant(
-            target=result.target.name,
-            folder=result.target.name,
-            candidate=result.chosen.name,
-            is_budget_met=result.is_budget_met,
-        )
-        for result, _ in results
-    ]
+    made = [_made_variant(result) for result, _ in results]
     write_durably(base / VARIANTS_FILE, encode_json(VariantList(variants=tuple(made))))
     if is_json:
         out_json([result.chosen for result, _ in results])
     else:
         _print_variants([result for result, _ in results], base)
     return 0 if all(is_good for _, is_good in results) else 1
+
+
+def _made_variant(result: OptimizeResult) -> MadeVariant:
+    """The line of the list, with the rules that the target asks for."""
+    from edgekit.bundle.selection import RUNTIME_OF, requires_of
+    from edgekit.schema.variants import MadeVariant
+
+    artifact = result.chosen.artifact
+    assert artifact is not None, "the chosen candidate has a model"
+    rules = requires_of(
+        result.target,
+        precision=artifact.precision,
+        runtime=RUNTIME_OF[artifact.format],
+        runtime_version=result.host.runtime_version,
+        ram_mb=result.chosen.latency.peak_rss_mb if result.chosen.latency else None,
+    )
+    return MadeVariant(
+        target=result.target.name,
+        folder=result.target.name,
+        candidate=result.chosen.name,
+        is_budget_met=result.is_budget_met,
+        requires=rules,
+    )
 
 
 def _print_variants(results: list[OptimizeResult], base: Path) -> None:
@@ -182,7 +239,8 @@ def _optimize(request: OptimizeRequest, *, is_json: bool, is_quiet: bool, is_str
         result = run(request, lambda event: progress.update(event.stage, event.done))
     except KeyboardInterrupt:
         progress.clear()
-        where = f"{request.out}/{WORK}" if request.out else f"edgekit-out/…/{WORK}"
+        kept_in = request.work or request.out
+        where = f"{kept_in}/{WORK}" if kept_in else f"edgekit-out/…/{WORK}"
         note(f"interrupted: what is finished is kept in {where}; the same command goes on from there", "yellow")
         raise
     progress.clear()
@@ -244,14 +302,14 @@ def _read_labels(path: Path | None) -> tuple[str, ...]:
     return names
 
 
-def _print_plan(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> None:
-    """Print the plan that the run would execute; the output folder is checked and not touched."""
+def _print_plan(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> dict[str, object]:
+    """The plan that the run would execute, printed but for JSON; the output folder is checked and not touched."""
     from edgekit.compiler.output import check_out, default_out
     from edgekit.compiler.preparation import Reporter, plan_candidates, prepare
 
     progress = Progress(is_quiet=is_quiet)
     with tempfile.TemporaryDirectory(prefix="edgekit-plan-") as folder:
-        elsewhere = replace(request, out=Path(folder) / "out")
+        elsewhere = replace(request, out=Path(folder) / "out", work=None)
         prepared = prepare(elsewhere, Reporter(lambda event: progress.update(event.stage, event.done)))
         planned = plan_candidates(prepared)
     progress.clear()
@@ -260,20 +318,21 @@ def _print_plan(request: OptimizeRequest, *, is_json: bool, is_quiet: bool) -> N
     for text in prepared.warnings:
         warn(text)
     budget = prepared.budget.text if prepared.budget else f"default for {prepared.metric.name}"
+    plan = [
+        {"name": item.recipe.name, "passes": [spec.describe() for spec in item.recipe.passes], "obstacle": item.obstacle}
+        for item in planned
+    ]
+    facts = {"target": prepared.target.name, "metric": prepared.metric.name, "budget": budget, "output": str(folder_name)}
+    whole: dict[str, object] = {**facts, "candidates": plan}
     if is_json:
-        plan = [
-            {"name": item.recipe.name, "passes": [spec.describe() for spec in item.recipe.passes], "obstacle": item.obstacle}
-            for item in planned
-        ]
-        facts = {"target": prepared.target.name, "metric": prepared.metric.name, "budget": budget, "output": str(folder_name)}
-        out_json({**facts, "candidates": plan})
-        return
+        return whole
     rows = [
         [item.recipe.name, " + ".join(spec.describe() for spec in item.recipe.passes) or "-", item.obstacle or "yes"]
         for item in planned
     ]
     out(table(["candidate", "passes", "possible"], rows))
     out(f"target {prepared.target.name}, metric {prepared.metric.name}, budget {budget}, output {folder_name}")
+    return whole
 
 
 def _print_result(result: OptimizeResult, folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Finished steps of a run, kept by content, so that an interrupted run goes on where it stopped.
 
 The key is the SHA-256 of everything that decides a step's result: the input model's bytes, the pass with its settings, the
-calibration data, the target, the seed, the effort and the versions of the packages. A step counts when its record is there,
-which is written last, and when the model still has the record's digest.
+calibration data, what the pass reads of the target, the seed, the effort and the versions of the packages. Runs for several
+targets share one folder: what is the same for two of them is made once. A step counts when its record is there, which is
+written last, and when the model still has the record's digest.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class StepCache:
         self._versions = installed_versions()
 
     def step_key(self, step: Pass, model: WorkModel, context: PassContext, *, source: str, target: str) -> str:
-        """The key of a pass on a model; ``source`` and ``target`` are digests."""
+        """The key of a pass on a model; ``source`` is a digest, ``target`` that of what the pass reads of the target."""
         task = getattr(context.task, "data_digest", None)
         shapes = [list(example.shape) for example in context.example_inputs]
         inputs = [source, *(part.output for part in model.lineage)]

@@ -103,13 +103,16 @@ def collect_ranges(
     if method == "minmax":
         key = hashlib.sha256(encode(proto) + data.digest.encode()).hexdigest()
         if key not in _recent_ends:
-            _recent_ends.clear()
+            while len(_recent_ends) >= REMEMBERED_ENDS:
+                del _recent_ends[next(iter(_recent_ends))]
             _recent_ends[key] = _collect(proto, data, None, batch_size, on_progress, has_counts=False)[0]
         return dict(_recent_ends[key])
     found = collect_statistics(proto, data, batch_size=batch_size, on_progress=on_progress)
     return {name: item.range_by(method) for name, item in found.items()}
 
 
+REMEMBERED_ENDS = 4
+"""Models whose ends are at hand: those of one target's search serve the next target's."""
 _recent_ends: dict[str, Ranges] = {}
 _recent: dict[str, dict[str, Statistics]] = {}
 """The last statistics by content: candidates that differ in the method alone share them."""

@@ -40,6 +40,8 @@ LATENCY_TIE = 0.02
 """Two sessions of one file differ by up to this share, by where their memory lies: a nearer ratio is a tie whatever it is."""
 SIZE_TIE = 0.05
 """Files that differ by less than this share of the smaller one count as equally large."""
+UPDATE_TIE = 0.01
+"""An update must be smaller by this share to decide."""
 BYTES_PER_MB = 1e6
 ROUNDING = 1e-9
 _RAM_NOTE = "peak of a process of its own on this host, Python and runtime included"
@@ -181,6 +183,8 @@ class Measured:
     latency: LatencyReport | None = None
     ram_mb: float | None = None
     failure: str | None = None
+    update_bytes: int | None = None
+    """What a device with the previous release downloads; known only of those that are compared by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +212,8 @@ def judge(candidates: Sequence[Measured], budget: Budget, *, baseline: str, targ
     checks = {item.name: check_budget(item, budget, target=target) for item in usable}
     meeting = [item for item in usable if all(check.is_met for check in checks[item.name])]
     safe = [item for item in meeting if is_safe(item, budget)]
-    chosen = pick_fastest(safe or meeting) if meeting else min(usable, key=lambda item: _badness(item, checks[item.name]))
+    nearest = min(usable, key=lambda item: _badness(item, checks[item.name]))
+    chosen = prefer_update(safe or meeting, pick_fastest(safe or meeting)) if meeting else nearest
     verdicts = {item.name: _verdict(item, chosen, origin, checks.get(item.name, ()), meeting) for item in candidates}
     for item in meeting:
         if item not in safe and item is not chosen and item.evaluation is not None:
@@ -351,6 +356,21 @@ def pick_fastest(candidates: Sequence[Measured]) -> Measured:
     return max(near, key=_fidelity) if all(math.isfinite(_fidelity(item)) for item in near) else best
 
 
+def prefer_update(candidates: Sequence[Measured], winner: Measured) -> Measured:
+    """The candidate with the smallest update among those that tie with the winner in latency and size.
+
+    Only measured updates count, and only against the winner's own: a winner whose update nobody measured stays.
+    """
+    if winner.update_bytes is None:
+        return winner
+    fastest = min(candidates, key=lambda item: ratio_of(item)[0])
+    tied = [item for item in candidates if item is winner or (is_tie(item, winner) and is_tie(item, fastest))]
+    known = [item for item in tied if item.update_bytes is not None]
+    alike = [item for item in known if item.size_bytes <= winner.size_bytes * (1 + SIZE_TIE)]
+    best = min(alike, key=lambda item: item.update_bytes or 0)
+    return best if (best.update_bytes or 0) < winner.update_bytes * (1 - UPDATE_TIE) else winner
+
+
 def _is_as_accurate(item: Measured, best: Measured) -> bool:
     """Whether an item's interval of the drop reaches the best one's."""
     low = item.evaluation.drop_low if item.evaluation else None
@@ -454,14 +474,31 @@ def _why_chosen(item: Measured, origin: Measured, checks: Sequence[BudgetCheck],
     facts = _facts(item, origin)
     if len(meeting) == 1:
         return f"the only candidate that meets the budget: {facts}"
+    if larger := _larger_update(item, meeting):
+        text = f"an update of {_kilobytes(item)} from the previous release, {larger.name} needs {_kilobytes(larger)}"
+        return f"ties with {', '.join(tied)} in latency; its update is the smallest: {text}: {facts}"
     if tied:
         return f"ties with {', '.join(tied)} in latency, none of which is smaller, or as small and more accurate: {facts}"
     return f"the fastest of {len(meeting)} candidates that meet the budget: {facts}"
 
 
+def _larger_update(item: Measured, meeting: Sequence[Measured]) -> Measured | None:
+    """What the item was preferred to because its update is smaller, if anything."""
+    own = item.update_bytes
+    others = [other for other in meeting if other is not item and other.update_bytes is not None and is_tie(other, item)]
+    larger = [other for other in others if own is not None and own < (other.update_bytes or 0) * (1 - UPDATE_TIE)]
+    return min(larger, key=lambda other: other.update_bytes or 0, default=None)
+
+
+def _kilobytes(item: Measured) -> str:
+    return f"{(item.update_bytes or 0) / 1e3:.1f} kB"
+
+
 def _why_not(item: Measured, chosen: Measured, origin: Measured) -> str:
     """Why a candidate that meets the budget was not chosen."""
     note = _slow_note(item, origin)
+    if is_tie(item, chosen) and item.update_bytes is not None and chosen.update_bytes is not None:
+        note.append(f"its update from the previous release has {_kilobytes(item)}, that of {chosen.name} {_kilobytes(chosen)}")
     if is_tie(item, chosen):
         if item.size_bytes > chosen.size_bytes * (1 + SIZE_TIE):
             share = item.size_bytes / chosen.size_bytes - 1

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,13 +30,13 @@ from edgekit.benchmark.latency import measure
 from edgekit.compiler.audit import audit_runtime
 from edgekit.compiler.costs import LatencyTable
 from edgekit.compiler.findings import Findings, RuntimeAudit
-from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge
+from edgekit.compiler.gate import Budget, Judgement, Measured, Term, default_budget, is_quality_met, judge, pick_fastest
 from edgekit.compiler.graph import facts_of, read_onnx
 from edgekit.compiler.memory import measure_peak_mb
 from edgekit.compiler.output import LATENCY_TABLE, open_staging, swap_in
 from edgekit.compiler.passes.base import Effort, WorkModel
 from edgekit.compiler.passes.on_onnx.weights_only import halvable_bytes
-from edgekit.compiler.passes.registry import BASELINE, OPTIMIZE, PassSpec, Recipe
+from edgekit.compiler.passes.registry import BASELINE, KEEPING, OPTIMIZE, PassSpec, Recipe
 from edgekit.compiler.preparation import Listener, OptimizeRequest, Prepared, Reporter, opened, prepare, run_step
 from edgekit.compiler.repair import repair
 from edgekit.compiler.result import DataDescription, OpLatency, OptimizeResult, RequestSummary
@@ -100,8 +101,10 @@ class Made:
     """A candidate on its way: a model or the reason why there is none, then what it measured."""
 
     name: str
+    recipe: Recipe | None = None
     model: WorkModel | None = None
     failure: str | None = None
+    update_bytes: int | None = None
     session: Session | None = None
     evaluation: EvalReport | None = None
     latency: LatencyReport | None = None
@@ -131,8 +134,10 @@ def optimize(request: OptimizeRequest, on_event: Listener = lambda _event: None)
         evaluate_candidates(prepared, candidates, reporter, clock)
         search = search_candidates(prepared, candidates, reporter, clock)
         time_candidates(prepared, candidates, reporter, clock)
-        reporter.tell("write", "judging and writing")
         budget = _whole_budget(prepared, candidates)
+        if keep_previous(prepared, candidates, budget, reporter, clock):
+            time_candidates(prepared, candidates, reporter, clock)  # all again: times of different runs are not compared
+        reporter.tell("write", "judging and writing")
         judgement = judge([_measured(item) for item in candidates], budget, baseline=BASELINE, target=prepared.target.name)
         findings = search.findings(judgement.chosen) if search else Findings()
         audits = _audits(prepared, candidates, {BASELINE, judgement.chosen})
@@ -195,15 +200,16 @@ def _make(
         try:
             step = spec.load()
             if obstacle := step.find_obstacle(model, context):
-                return Made(name=recipe.name, failure=f"not made: {obstacle}")
+                return Made(name=recipe.name, recipe=recipe, failure=f"not made: {obstacle}")
             model = run_step(step, model, context, prepared.cache, prepared.source.model.digest)
         except EdgekitError as error:
-            return Made(name=recipe.name, failure=f"{spec.name} failed: {error.message}")
+            return Made(name=recipe.name, recipe=recipe, failure=f"{spec.name} failed: {error.message}")
         except Exception as error:
             logger.debug("pass failed pass=%s", spec.name, exc_info=True)
-            return Made(name=recipe.name, failure=f"{spec.name} failed: {type(error).__name__}: {str(error)[:200]}")
+            reason = f"{spec.name} failed: {type(error).__name__}: {str(error)[:200]}"
+            return Made(name=recipe.name, recipe=recipe, failure=reason)
         steps[done] = model
-    return Made(name=recipe.name, model=model)
+    return Made(name=recipe.name, recipe=recipe, model=model)
 
 
 def _prefixed(tell: Callable[[str, float], None], name: str) -> Callable[[str, float], None]:
@@ -438,6 +444,64 @@ def one_sample(session: Session, data: Dataset) -> dict[str, Array]:
     return {name: np.ascontiguousarray(np.repeat(array[:1], fixed, axis=0)) for name, array in data.inputs.items()}
 
 
+# --- scales of the previous release -----------------------------------------------------------------------------------------
+
+
+def keep_previous(prepared: Prepared, candidates: list[Made], budget: Budget, reporter: Reporter, clock: Clock) -> bool:
+    """Add the best static int8 candidate once more, with the previous release's scales where they fit.
+
+    What devices would download for either is measured, where the request says how. Returns whether there is a new model.
+    """
+    best = _best_int8(candidates, budget) if prepared.previous else None
+    if prepared.previous is None or best is None or best.recipe is None or clock.share_spent() > 1:
+        return False
+    recipe = _keeping(best.recipe, prepared.previous)
+    reporter.tell("time", f"making {recipe.name}", 1.0)
+    item = _make(recipe, prepared, {}, lambda text, _done: reporter.tell("time", f"{recipe.name}: {text}", 1.0))
+    candidates.append(item)
+    if item.model is None:
+        return False
+    Evaluator(prepared, candidates[0]).evaluate(item)
+    if item.session is None:
+        return False
+    if measure_update := prepared.request.update_bytes:
+        for each in (best, item):
+            assert each.model is not None
+            reporter.tell("time", f"measuring the update to {each.name}", 1.0)
+            each.update_bytes = measure_update(prepared.previous, each.model.path)
+    return True
+
+
+def _best_int8(candidates: list[Made], budget: Budget) -> Made | None:
+    """The static int8 candidate that the gate would choose, had it only these; None where there is none."""
+    able = [item for item in candidates if item.session is not None and item.recipe is not None and _is_static(item.recipe)]
+    if not able:
+        return None
+    measured = [_measured(item) for item in (candidates[0], *able)]
+    meeting = [item for item in measured[1:] if is_quality_met(item, budget)]
+    chosen = pick_fastest(meeting) if meeting else max(measured[1:], key=_fidelity_of)
+    return next(item for item in able if item.name == chosen.name)
+
+
+def _fidelity_of(item: Measured) -> float:
+    report = item.evaluation
+    return -report.drop if report else float("-inf")
+
+
+def _is_static(recipe: Recipe) -> bool:
+    return any(spec.name in KEEPING for spec in recipe.passes)
+
+
+def _keeping(recipe: Recipe, previous: Path) -> Recipe:
+    """The recipe with the previous release's scales."""
+    settings = {"previous": str(previous), "previous_digest": digest_file(previous)}
+    passes = tuple(
+        replace(spec, settings={**spec.settings, **settings}) if spec.name in KEEPING else spec for spec in recipe.passes
+    )
+    purpose = "the previous release's scales where they fit"
+    return Recipe(name=f"{recipe.name}-kept-scales", purpose=purpose, passes=passes)
+
+
 # --- judge and write --------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +525,7 @@ def _measured(item: Made) -> Measured:
         latency=item.latency,
         ram_mb=item.latency.peak_rss_mb if item.latency else None,
         failure=item.failure,
+        update_bytes=item.update_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from edgekit.compiler.gate import Budget, parse_budget
 from edgekit.compiler.output import check_out, default_out, open_work
 from edgekit.compiler.passes.base import Effort, Pass, PassContext, WorkModel
 from edgekit.compiler.passes.registry import Recipe, plan_recipes, source_pass
+from edgekit.compiler.previous import find_previous
 from edgekit.compiler.source import Source, load_source
 from edgekit.dataset.contract import infer_contract
 from edgekit.dataset.data import Dataset
@@ -26,7 +27,7 @@ from edgekit.evaluation.metric import Metric, resolve_metric
 from edgekit.runtime.ort import load_onnxruntime
 from edgekit.runtime.registry import open_session
 from edgekit.runtime.session import Session, SessionOptions
-from edgekit.schema.base import decode_json
+from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.contract import Contract
 from edgekit.schema.digest import digest_bytes
 from edgekit.schema.target import TargetProfile
@@ -45,6 +46,9 @@ STAGES = {
     "time": (0.75, 0.97),
     "write": (0.97, 1.0),
 }
+
+
+UpdateBytes = Callable[[Path, Path], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ class OptimizeRequest:
     """Seconds for the whole run; what is not begun by then is left out, and the best so far wins."""
     latency_table: Path | None = None
     """Times of nodes that were measured on the target, in place of this host's, for the choice of what runs in int8."""
+    work: Path | None = None
+    """Folder whose ``.work`` keeps finished steps; runs for several targets share one. None: the output folder."""
+    previous: Path | None = None
+    """The previous release: its output folder or its quantized ``.onnx``, whose scales one more candidate keeps."""
+    update_bytes: UpdateBytes | None = None
+    """Bytes that a device with the first file downloads to get the second; without it no candidate is preferred for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +128,8 @@ class Prepared:
     isa: tuple[str, ...]
     warnings: tuple[str, ...]
     latency_table: LatencyTable | None = None
+    previous: Path | None = None
+    """The previous release's quantized model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +170,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
     reporter.tell("prepare", "loading the target and the model")
     load_onnxruntime()  # before torch's exporter imports it: its telemetry is switched off at the first import or never
     target = load_target(request.target)
+    previous = find_previous(request.previous) if request.previous else None
     table = _read_table(request.latency_table or find_latency_table(target, request.target))
     budget = parse_budget(request.budget, metric=request.metric) if request.budget is not None else None
     source = load_source(
@@ -166,7 +179,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
     _check_runnable(target, source)
     out = request.out or default_out(source.stem, target.name)
     check_out(out)
-    cache = StepCache(open_work(out))
+    cache = StepCache(open_work(request.work or out))
     base, context = import_source(request, target, source, cache, reporter)
     with opened(base.path) as session:
         inputs, outputs = session.inputs, session.outputs
@@ -196,6 +209,7 @@ def prepare(request: OptimizeRequest, reporter: Reporter) -> Prepared:
         isa=host_isa(),
         warnings=_warnings(request, target, source, calibration, evaluation),
         latency_table=table,
+        previous=previous if target.int8.format == "qdq" and target.runtime == "onnxruntime" else None,
     )
 
 
@@ -260,7 +274,8 @@ def import_source(
 
 def run_step(step: Pass, model: WorkModel, context: PassContext, cache: StepCache, source: str) -> WorkModel:
     """Run a pass in a folder of its own, or take its result from an earlier run."""
-    key = cache.step_key(step, model, context, source=source, target=target_digest(context.target))
+    facts = {name: getattr(context.target, name) for name in step.target_fields}
+    key = cache.step_key(step, model, context, source=source, target=digest_bytes(encode_json(facts)))
     if found := cache.find_step(key, model):
         return found
     folder = cache.step_dir(key)
@@ -295,6 +310,8 @@ def _warnings(
         found.append(f"only {len(evaluation)} evaluation sample{'s' if len(evaluation) > 1 else ''}: quality is known roughly")
     if not is_host(target):
         found.append(f"this host is not {target.name}: latencies are this host's and say little about the target")
+    if request.previous is not None and not (target.int8.format == "qdq" and target.runtime == "onnxruntime"):
+        found.append(f"--previous: scales are kept in ONNX models only, and {target.name} runs others")
     found.extend(_isa_warnings(target))
     return tuple(found)
 

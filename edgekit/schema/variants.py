@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgekit.schema.base import SCHEMA_VERSION, Record
+from edgekit.schema.manifest import Requires
 
 VARIANTS_FILE = "variants.json"
 
@@ -15,6 +16,8 @@ class MadeVariant(Record, frozen=True, kw_only=True):
     """Relative to the list: an output folder with its own candidate and report."""
     candidate: str
     is_budget_met: bool
+    requires: Requires | None = None
+    """Which devices it is for, from the profile that it was made with; the runtime's version is that of the run."""
 
 
 class VariantList(Record, frozen=True, kw_only=True):

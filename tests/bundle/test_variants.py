@@ -21,6 +21,7 @@ from edgekit.runtime.session import SessionOptions
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.candidate import Candidate
 from edgekit.schema.manifest import Requires
+from edgekit.schema.measurement import HostFingerprint, LatencyReport
 from edgekit.schema.variants import MadeVariant, VariantList
 from edgekit.target.load import load_target
 from edgekit.trust.signer import generate_signer
@@ -208,3 +209,58 @@ def _public(tmp_path):
     from edgekit.trust.keys import load_public_key
 
     return load_public_key(tmp_path / "k.pub")
+
+
+@pytest.mark.parametrize("limit", ["sqnr_db>=20", "agreement>=0.5"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_answers_that_are_not_finite_are_never_alike(bad, limit):
+    first = [np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]])]
+    second = [first[0], np.array([[0.0, bad]])]
+    found = measure_parity(Fixed(first), Fixed(second), [{}] * 2, reference="a", contract=CONTRACT, limit=limit)
+    assert not found.is_met
+    assert found.sqnr_db == -200
+    assert decode_json(encode_json(found), type(found)) == found  # a signed record has no infinities
+    same = measure_parity(Fixed(second), Fixed(second), [{}] * 2, reference="a", contract=CONTRACT, limit=limit)
+    assert same.is_met
+
+
+def test_answers_out_of_silence_are_noise():
+    nothing, something = [np.zeros((1, 2))], [np.ones((1, 2))]
+    found = measure_parity(Fixed(nothing), Fixed(something), [{}], reference="a", contract=CONTRACT, limit="sqnr_db>=20")
+    assert (found.sqnr_db, found.is_met) == (-200, False)
+
+
+def test_classes_are_compared_on_the_output_of_the_same_name():
+    class Two(Fixed):
+        def run(self, feeds):
+            return next(self.answers)
+
+    left, right = np.array([[0.0, 1.0]]), np.array([[5.0, 0.0]])
+    first, second = Two([{"y": left, "z": right}]), Two([{"z": right, "y": left}])
+    assert measure_parity(first, second, [{}], reference="a", contract=CONTRACT).agreement == 1.0
+
+
+def test_memory_is_asked_for_where_it_was_measured(tmp_path):
+    host = HostFingerprint(
+        arch="x86-64", cpu="", isa=(), cores=1, ram_mb=1, os="", python="", runtime="onnxruntime", runtime_version="1"
+    )
+    latency = LatencyReport(
+        host=host, is_on_target=True, threads=1, warmup_runs=1, runs=9, p50_ms=1, p90_ms=1, p99_ms=1, mean_ms=1,
+        p50_low_ms=1, p50_high_ms=1, noise=0.01, peak_rss_mb=68.2,
+    )  # fmt: skip
+    place = folder_of(tmp_path / "a", changes={"latency": latency})
+    draft = draft_bundle(place, name="kws", version="1.0", open_session=open_model, created_at=BORN)
+    assert draft.manifest.variants[0].requires.ram_mb == 69
+    bare = draft_bundle(folder_of(tmp_path / "b"), name="kws", version="1.0", open_session=open_model, created_at=BORN)
+    assert bare.manifest.variants[0].requires.ram_mb is None
+
+
+def test_rules_of_the_run_count_before_the_profile(tmp_path):
+    rules = Requires(runtime="onnxruntime", runtime_version="0.1", arch=("aarch64",), isa=("dotprod",))
+    place = folder_of(tmp_path / "a", precision="int8")
+    draft = draft_bundle(
+        place, name="kws", version="1.0", open_session=open_model, profile=load_target("x86-64-avx2"), rules=rules
+    )
+    found = draft.manifest.variants[0].requires
+    assert (found.arch, found.isa, found.isa_any) == (("aarch64",), ("dotprod",), ())
+    assert found.runtime_version != "0.1"  # of the runtime that made the golden samples

@@ -21,13 +21,16 @@ from edgekit.bundle.delta.apply import apply_delta
 from edgekit.bundle.delta.layout import Kind, Region, encode_header, parse_header
 from edgekit.bundle.reader import parse_manifest
 from edgekit.errors import ArtifactError, TrustError
+from edgekit.schema.base import encode_json
 from edgekit.schema.digest import digest_bytes
 from edgekit.schema.release import DeltaRef
-from edgekit.schema.state import AgentState, Slot
+from edgekit.schema.state import AgentState, Floors, Slot
+from edgekit.trust.floors import RoleVersions, raise_roles
 from edgekit.trust.metadata import list_releases, recalls_of, refuse_duplicate_keys
+from edgekit.trust.offline import read_stick
 from tests.fuzzing.examine import MAX_TRACED_BYTES, PROGRAMS, Examiner, Figures
 from tests.fuzzing.mutation import Dice, Sample, mutate_json
-from tests.fuzzing.targets import NAMES, NOW, PARTS, PLANNED, RAW, Target, target_of
+from tests.fuzzing.targets import NAMES, NOW, PARTS, PLANNED, RAW, Target, sign_again, target_of
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = {"zip": 800, "stick": 500, "delta": 400}
@@ -211,6 +214,22 @@ def test_validity_is_told_in_utc():
 )
 def test_runtime_version_of_any_length(text, version):
     assert parse_version(text) == version
+
+
+def test_version_that_says_true_is_kept_as_a_number(tmp_path):
+    stick = TARGETS["stick"]
+    (tmp_path / "metadata").mkdir()
+    for seed, name in zip(stick.seeds, ("3.targets.json", "2.root.json", "1.kws-team.json"), strict=True):
+        data = seed[1:]
+        if name == "1.kws-team.json":
+            data = sign_again(data.replace(b'"version":1}', b'"version":true}'))
+            assert b"true" in data
+        (tmp_path / "metadata" / name).write_bytes(data)
+    offline = read_stick(tmp_path, root=stick.provisioned, floors=Floors(), now=NOW).floors
+    seen = RoleVersions(root=True, timestamp=True, snapshot=True, targets=True, delegated={"kws-team:1": True})
+    for floors in (offline, raise_roles(Floors(), seen, NOW)):
+        assert floors.delegated
+        assert msgspec.json.decode(encode_json(floors), type=Floors) == floors
 
 
 def refused_delta(data, *, codec="tsub1"):

@@ -2,6 +2,8 @@
 
 A pass never changes its input file, writes only below ``context.work_dir`` and is deterministic for a given seed. A pass that
 does not fit says why in ``find_obstacle`` instead of failing in ``run``.
+
+``target_fields`` names what ``run`` reads of the target: targets that are alike in it share a step's result.
 """
 
 from __future__ import annotations
@@ -55,6 +57,10 @@ class Pass(Protocol):
     @property
     def name(self) -> str:
         """Stable name, as it stands in the lineage."""
+
+    @property
+    def target_fields(self) -> tuple[str, ...]:
+        """Fields of the target profile that decide the result of ``run``; nothing else of it may be read there."""
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
         """Why this pass cannot run on this model, or None when it can."""

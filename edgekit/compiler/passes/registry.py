@@ -69,6 +69,9 @@ REPAIR = PassSpec(name="repair-graph", where="on_onnx.repair_graph:RepairGraph")
 WEIGHTS = PassSpec(name="quantize-weights", where="on_onnx.weights_only:QuantizeWeights")
 PLANNED = PassSpec(name="quantize-planned", where="on_onnx.quantize_planned:QuantizePlanned")
 
+KEEPING = frozenset({"quantize-static", "quantize-planned"})
+"""Passes that can keep the scales of a previous release."""
+
 
 def all_passes() -> tuple[PassSpec, ...]:
     """Every pass there is, by name."""

@@ -99,6 +99,7 @@ class ConvertToLiteRT:
     """Torch module to fp32 ``.tflite``."""
 
     name = "convert-to-litert"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
         """Why this pass cannot run on this model, or None when it can."""

@@ -41,6 +41,7 @@ class QuantizeLiteRT:
     """
 
     name = "quantize-litert-int8"
+    target_fields = ()
 
     def __init__(self, *, io: Literal["float32", "int8"] = "float32") -> None:
         self.io = io

@@ -25,6 +25,7 @@ class EqualizeChannels:
     """
 
     name = "equalize-channels"
+    target_fields = ()
 
     def __init__(self, *, rule: Rule, strength: float = 0.5) -> None:
         self.rule: Rule = rule

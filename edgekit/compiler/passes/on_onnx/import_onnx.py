@@ -15,6 +15,7 @@ class ImportOnnx:
     """External data and Constant nodes become initializers, metadata and doc strings go; nothing is fused or folded."""
 
     name = "import-onnx"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""

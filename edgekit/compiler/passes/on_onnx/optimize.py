@@ -15,6 +15,7 @@ class OptimizeGraph:
     """Constant folding, BatchNorm folding, dead code, identities, portable fusions; every step is checked on samples."""
 
     name = "optimize-graph"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""

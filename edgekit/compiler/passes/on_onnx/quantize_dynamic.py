@@ -38,6 +38,7 @@ class QuantizeDynamic:
     """
 
     name = "quantize-dynamic"
+    target_fields = ("int8",)
 
     def __init__(self, *, float_nodes: str = "[]") -> None:
         self.float_nodes = float_nodes

@@ -18,6 +18,7 @@ from edgekit.compiler.lab import Lab
 from edgekit.compiler.passes.base import PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.quantize_static import SAMPLES, find_quantization_obstacle
 from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.compiler.previous import keep_scales, read_previous
 from edgekit.compiler.qdq import count_quantized, narrow_weights
 from edgekit.dataset.data import Dataset, spread_indices
 from edgekit.errors import ArtifactError
@@ -95,9 +96,12 @@ class QuantizePlanned:
         ranked: indices of the calibration samples that int8 degrades most, a list.
         made: indices of those that the refinements are made from, a list; empty: ``ranked``.
         seven_bit: layers whose weights use 7 bits, a list.
+        previous: the previous release's quantized model, whose scales are kept where they fit; empty: none.
+        previous_digest: the digest that it must have.
     """
 
     name = "quantize-planned"
+    target_fields = ("int8",)
 
     def __init__(
         self,
@@ -111,6 +115,8 @@ class QuantizePlanned:
         ranked: str = "[]",
         made: str = "[]",
         seven_bit: str = "[]",
+        previous: str = "",
+        previous_digest: str = "",
     ) -> None:
         self.is_per_channel = is_per_channel
         self.reduce_range = reduce_range
@@ -121,6 +127,8 @@ class QuantizePlanned:
         self.ranked = ranked
         self.made = made
         self.seven_bit = seven_bit
+        self.previous = previous
+        self.previous_digest = previous_digest
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
         """Why this pass cannot run on this model, or None when it can."""
@@ -133,7 +141,8 @@ class QuantizePlanned:
 
         Raises:
             ArtifactError: ``quantization.nothing_quantized`` when the plan leaves nothing in int8,
-                ``quantization.failed`` when the quantizer refuses the model.
+                ``quantization.failed`` when the quantizer refuses the model, ``previous.changed`` or
+                ``previous.nothing_kept`` with scales to keep.
         """
         started = time.monotonic()
         proto = read_onnx(model.path)
@@ -165,7 +174,11 @@ class QuantizePlanned:
             notes.append(f"faster or safer in fp32, by measurement: {', '.join(names[:SHOWN])}{more}")
         if steps or methods:
             notes.append(f"refined: {', '.join([*(['calibrator'] if methods else []), *steps])}")
-        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        if self.previous:
+            kept = keep_scales(quantized, lab.originals, read_previous(self.previous, self.previous_digest))
+            notes.append(kept.describe())
+        unused = () if self.previous else ("previous", "previous_digest")
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_") and name not in unused}
         return write_step(
             seal(quantized),
             model,

@@ -10,10 +10,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from edgekit.compiler.calibration import Method, collect_ranges
 from edgekit.compiler.graph import facts_of, read_onnx, seal
 from edgekit.compiler.passes.base import Effort, PassContext, WorkModel
 from edgekit.compiler.passes.on_onnx.written import write_step
+from edgekit.compiler.previous import keep_scales, read_previous
 from edgekit.compiler.qdq import COMPUTING, QdqPlan, count_quantized, write_qdq
 from edgekit.dataset.data import spread_indices
 from edgekit.errors import ArtifactError
@@ -54,17 +57,29 @@ class QuantizeStatic:
         method: how ranges of activations are found.
         kept: ``edges`` leaves the first and the last layer with weights in fp32.
         reduce_range: 7-bit weights; None follows the target's rule.
+        previous: the previous release's quantized model, whose scales are kept where they fit; empty: none.
+        previous_digest: the digest that it must have.
     """
 
     name = "quantize-static"
+    target_fields = ("int8",)
 
     def __init__(
-        self, *, is_per_channel: bool, method: Method = "minmax", kept: Kept = "none", reduce_range: bool | None = None
+        self,
+        *,
+        is_per_channel: bool,
+        method: Method = "minmax",
+        kept: Kept = "none",
+        reduce_range: bool | None = None,
+        previous: str = "",
+        previous_digest: str = "",
     ) -> None:
         self.is_per_channel = is_per_channel
         self.method = method
         self.kept = kept
         self.reduce_range = reduce_range
+        self.previous = previous
+        self.previous_digest = previous_digest
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
         """Why this pass cannot run on this model, or None when it can."""
@@ -83,8 +98,11 @@ class QuantizeStatic:
 
         Raises:
             ArtifactError: ``quantization.nothing_quantized`` when no computing layer became int8,
-                ``quantization.failed`` when the quantizer refuses the model.
+                ``quantization.failed`` when the quantizer refuses the model, ``previous.changed`` or
+                ``previous.nothing_kept`` with scales to keep.
         """
+        from onnx import numpy_helper
+
         started = time.monotonic()
         proto = read_onnx(model.path)
         count = min(SAMPLES[context.effort], len(context.calibration))
@@ -107,6 +125,10 @@ class QuantizeStatic:
         )
         quantized = write_qdq(proto, plan)
         notes = _describe(quantized, excluded)
+        if self.previous:
+            originals = {item.name: np.asarray(numpy_helper.to_array(item)) for item in proto.graph.initializer}
+            kept = keep_scales(quantized, originals, read_previous(self.previous, self.previous_digest))
+            notes = (*notes, kept.describe())
         return write_step(
             seal(quantized),
             model,
@@ -124,7 +146,9 @@ class QuantizeStatic:
 
     def _settings(self, context: PassContext, count: int) -> dict[str, str | int | float | bool | None]:
         rules = context.target.int8
+        kept = {"previous": self.previous, "previous_digest": self.previous_digest} if self.previous else {}
         return {
+            **kept,
             "weights": f"{rules.weights} {'symmetric' if rules.weight_symmetric else 'asymmetric'}",
             "activations": f"{rules.activations} {'symmetric' if rules.activation_symmetric else 'asymmetric'}",
             "is_per_channel": self.is_per_channel,

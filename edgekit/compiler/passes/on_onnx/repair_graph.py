@@ -17,6 +17,7 @@ class RepairGraph:
     """int8 in QDQ form to the same model, in a form that this runtime runs in integers."""
 
     name = "repair-graph"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""

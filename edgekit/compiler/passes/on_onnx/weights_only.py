@@ -33,6 +33,7 @@ class HalveWeights:
     """fp32 weights stored as fp16, computed in fp32; in a quantized model those of the layers that stayed fp32."""
 
     name = "halve-weights"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:  # noqa: ARG002  the protocol's signature
         """Why this pass cannot run on this model, or None when it can."""
@@ -110,6 +111,7 @@ class QuantizeWeights:
     """
 
     name = "quantize-weights"
+    target_fields = ()
 
     def __init__(self, *, bits: Literal[4, 8], block: int = 32, algorithm: Algorithm = "nearest") -> None:
         self.bits = bits

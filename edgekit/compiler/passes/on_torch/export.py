@@ -32,6 +32,7 @@ class ExportOnnx:
     """Torch module to ONNX, verified against the module."""
 
     name = "export-onnx"
+    target_fields = ()
 
     def find_obstacle(self, model: WorkModel, context: PassContext) -> str | None:
         """Why this pass cannot run on this model, or None when it can."""

@@ -93,6 +93,7 @@ class NeuralCompressorStatic:
     """
 
     name = "neural-compressor-pt2e"
+    target_fields = ("int8",)
 
     def __init__(self, *, algorithm: Algorithm = "pt2e-static", method: Method = "minmax") -> None:
         self.algorithm = algorithm

@@ -68,6 +68,7 @@ class PruneAndDistill:
     """
 
     name = "prune-and-distill"
+    target_fields = ("channel_multiple",)
 
     def __init__(self, *, macs_goal: float = 0.5, epochs: dict[Effort, int] | None = None) -> None:
         self.macs_goal = macs_goal
