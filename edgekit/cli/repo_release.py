@@ -286,12 +286,18 @@ def lineage(folder: Path = FOLDER, release: str = RELEASE, fleet: str = FLEET, j
 def audit(
     folder: Path = FOLDER,
     verify: bool = typer.Option(False, "--verify", help="Also compare with what the signed snapshot says of the log."),
+    accept_loss: str = typer.Option(
+        "", "--accept-loss", metavar="REASON", help="Go on from a log that lost its end; the loss becomes an entry."
+    ),
     json: bool = JSON,
 ) -> None:
     """Show who did what to the repository. Exit 4: the log was changed or cut."""
     from edgekit.repository.audit import SNAPSHOT_FIELD, check_anchor, read_log
+    from edgekit.repository.ceremony import accept_cut_log
     from edgekit.repository.store import Store
 
+    if accept_loss:
+        accept_cut_log(folder, accept_loss)
     store = Store.open(folder)
     entries = read_log(folder)
     anchored = 0

@@ -1,7 +1,7 @@
 """The audit log: who did what to a repository, each entry bound to the one before by its digest.
 
 One JSON line an entry in ``audit.jsonl``. The newest entry's digest goes into the snapshot metadata, which is signed: cutting
-the log off behind an entry that was published shows, as does changing one in the middle.
+the log off behind an entry that was published shows, as does changing one in the middle, and nothing more is published then.
 
     >>> read_log(Path("repository"))[-1].action  # doctest: +SKIP
     'publish'
@@ -137,7 +137,8 @@ def check_anchor(entries: tuple[AuditEntry, ...], field: object) -> None:
         raise TrustError(
             "audit.cut",
             f"the audit log ends with entry {len(entries)}, the signed snapshot knows entry {seq} (sha256:{short(digest)}…).",
-            hint="Entries were removed from its end; restore the log from its backup.",
+            hint="Entries were removed from its end. Restore the log from its backup; where there is none, go on with "
+            '"edgekit repo audit --accept-loss REASON", which writes the loss down.',
         )
     if seq and entry_digest(entries[seq - 1]) != digest:
         raise TrustError(

@@ -269,8 +269,10 @@ def _change(
     store, moment = Store.open(folder), whole_second(now)
     with store.locked():
         store.give(keys)
-        bench = Workbench.open(store, now=moment)
+        bench = Workbench.open(store, now=moment, is_log_checked=not is_refresh)
         details = make(bench)
+        if is_refresh and details is not None:
+            bench.check_log()
         bench.sign(store.find_signers(bench.wanted()))
         entry = None
         if details is not None:
@@ -570,7 +572,7 @@ def export_pending(folder: Path, role: str, out: Path) -> tuple[str, ...]:
         UsageError: ``trust.nothing_pending``.
     """
     store = Store.open(folder)
-    bench = Workbench.open(store, now=whole_second(None))
+    bench = Workbench.open(store, now=whole_second(None), is_log_checked=False)
     if role not in bench.pending:
         raise UsageError("trust.nothing_pending", f"{folder}: nothing waits for a signature of {role}.")
     path = store.pending_dir / f"{role}.json"
@@ -847,6 +849,35 @@ def _keyid(public: Path) -> str:
         return str(load_role_key(public).keyid)
     except UsageError:
         return ""
+
+
+def accept_cut_log(folder: Path, reason: str, *, now: datetime | None = None) -> audit.AuditEntry:
+    """Go on from an audit log that lost its end and has no backup; that it did, and why, becomes its next entry.
+
+    Args:
+        folder: of the repository.
+        reason: in words, for those who read the log later.
+        now: the time, UTC.
+
+    Raises:
+        UsageError: ``audit.whole`` when nothing is missing.
+        TrustError: ``audit.broken`` when an entry was changed: that is no loss, and only a backup helps.
+    """
+    store, moment = Store.open(folder), whole_second(now)
+    with store.locked():
+        bench = Workbench.open(store, now=moment, is_log_checked=False)
+        try:
+            bench.check_log()
+        except TrustError as error:
+            if error.code != "audit.cut":
+                raise
+        else:
+            raise UsageError("audit.whole", f"{folder}: the audit log is whole; there is no loss to accept.")
+        known = bench.chain.snapshot.unrecognized_fields[audit.SNAPSHOT_FIELD]
+        details = {"reason": reason, "known": str(known["seq"]), "digest": str(known["digest"])}
+        entry = audit.append(store.folder, "log cut", folder.name, now=moment, details=details)
+        bench.settle(entry, is_refresh=True)
+        return entry
 
 
 def _log_faults(store: Store, chain: Chain) -> list[Fault]:

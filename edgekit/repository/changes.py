@@ -24,7 +24,7 @@ from securesystemslib.signer import Signer as RoleSigner  # type: ignore[attr-de
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 
 from edgekit.errors import TrustError, UsageError
-from edgekit.repository.audit import SNAPSHOT_FIELD, AuditEntry, anchor
+from edgekit.repository.audit import SNAPSHOT_FIELD, AuditEntry, anchor, check_anchor, read_log
 from edgekit.repository.store import (
     Chain,
     Delegation,
@@ -75,8 +75,18 @@ class Workbench:
     pending: dict[str, Metadata[Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, store: Store, *, now: datetime) -> Workbench:
-        """Take up what is under way; errors as :meth:`Store.chain`."""
+    def open(cls, store: Store, *, now: datetime, is_log_checked: bool = True) -> Workbench:
+        """Take up what is under way.
+
+        Args:
+            store: the repository.
+            now: the time, UTC.
+            is_log_checked: refuse to go on from an audit log that is not the one that the signed snapshot knows. Signing the
+                timestamp again needs no log: devices shall not lose their repository because its books were damaged.
+
+        Raises:
+            TrustError: ``audit.cut``, ``audit.broken``; and as :meth:`Store.chain`.
+        """
         chain = store.chain(is_to_be_extended=True)
         pending = store.pending()
         visible = {"root": chain.root.version, "targets": chain.targets.version}
@@ -89,7 +99,17 @@ class Workbench:
         bench = cls(store, chain, now, {role: item for role, item in pending.items() if role not in stale})
         bench._is_interrupted = "root" in stale
         bench._stale = stale
+        if is_log_checked:
+            bench.check_log()
         return bench
+
+    def check_log(self) -> None:
+        """Compare the audit log with what the signed snapshot says of it.
+
+        Raises:
+            TrustError: ``audit.cut``, ``audit.broken``.
+        """
+        check_anchor(read_log(self.store.folder), self.chain.snapshot.unrecognized_fields.get(SNAPSHOT_FIELD))
 
     _is_interrupted: bool = False
     """A new root became visible, and the rest of its publication did not."""

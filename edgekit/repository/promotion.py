@@ -408,6 +408,7 @@ def set_gates(folder: Path, gates: Gates, *, is_gated: bool | None = None, now: 
         changed = msgspec.structs.replace(config, gates=gates, is_gated=config.is_gated if is_gated is None else is_gated)
         if changed == config:
             return
+        Workbench.open(store, now=whole_second(now))
         details = {"gates": describe_gates(gates), "gated": "yes" if changed.is_gated else "no"}
         audit.append(folder, "gates", folder.name, now=whole_second(now), details=details)
         store.save_config(changed)

@@ -64,6 +64,7 @@ def add_publisher(folder: Path, path: Path) -> PublicKey:
     key = load_public_key(path)
     if key not in load_public_keys(store.publishers):
         with store.locked():
+            Workbench.open(store, now=whole_second(None))
             make_folder(store.publishers)
             save_public_key(key, store.publishers / f"{key.keyid[:16]}.pub")
             audit.append(folder, "trust publisher", key.keyid, now=whole_second(None))

@@ -15,6 +15,7 @@ from edgekit.errors import TrustError, UsageError
 from edgekit.repository import audit
 from edgekit.repository.ceremony import (
     KeyPlan,
+    accept_cut_log,
     delegate,
     diagnose,
     export_pending,
@@ -427,6 +428,41 @@ def test_audit_log_tells_and_cannot_be_cut(place):
     path.write_bytes(lines[0] + lines[1].replace(b"trust publisher", b"trust nobody   ") + lines[2])
     with pytest.raises(TrustError) as caught:
         audit.read_log(place.repo)
+    assert caught.value.code == "audit.broken"
+
+
+def test_nothing_goes_on_from_an_audit_log_that_lost_its_end(place):
+    place.publish(role_keys=place.far("targets-2"))
+    path = place.repo / audit.AUDIT_FILE
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:-1]))
+    save_public_key(generate_signer().public_key, place.folder / "other.pub")
+    before = tree_digests(place.repo)
+    with pytest.raises(TrustError) as caught:
+        add_publisher(place.repo, place.folder / "other.pub")
+    assert caught.value.code == "audit.cut"
+    assert "--accept-loss" in caught.value.hint
+    with pytest.raises(TrustError, match="ends with entry 2"):
+        place.publish("2.0.0", role_keys=place.far("targets-2"))
+    assert tree_digests(place.repo) == before
+    refresh_repository(place.repo, now=NOW)  # devices do not lose their repository with its books
+
+    entry = accept_cut_log(place.repo, "the disk was full", now=NOW)
+    assert (entry.seq, entry.action, entry.details["known"]) == (3, "log cut", "3")
+    assert [fault for fault in diagnose(place.repo, now=NOW) if "audit log" in fault.what] == []
+    place.publish("2.0.0", role_keys=place.far("targets-2"))
+    with pytest.raises(UsageError) as refused:
+        accept_cut_log(place.repo, "again", now=NOW)
+    assert refused.value.code == "audit.whole"
+
+
+def test_a_loss_is_accepted_only_where_it_is_one(place):
+    place.publish(role_keys=place.far("targets-2"))
+    (place.repo / audit.AUDIT_FILE).unlink()
+    for action in ("init", "trust publisher", "something else"):
+        audit.append(place.repo, action, "kws@1.0.0", now=NOW)
+    with pytest.raises(TrustError) as caught:
+        accept_cut_log(place.repo, "a rewritten log", now=NOW)
     assert caught.value.code == "audit.broken"
 
 
