@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgekit.durable import sync_folder
 from edgekit.errors import TrustError
 from edgekit.schema.base import Record
 from edgekit.schema.digest import digest_bytes, short
@@ -116,7 +117,9 @@ def append(folder: Path, action: str, subject: str, *, now: datetime, details: M
         file.seek(size)
         file.write(_encode(entry) + b"\n")
         file.flush()
-        os.fsync(file.fileno())  # the name of a new log is made durable with the first timestamp, in the same folder
+        os.fsync(file.fileno())
+    if not entries:
+        sync_folder(folder)  # the name of a new log: signed metadata will speak of it
     return entry
 
 

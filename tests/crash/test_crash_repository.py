@@ -247,6 +247,8 @@ REDUNDANT = {
     "folder: sync_folder < write_durably < repository/ceremony.py:_generate",
     # the reserved timestamp is written into the same folder before anything becomes visible
     "folder: sync_folder < write_durably < repository/store.py:save_config",
+    # the name of the new audit log is made durable in the same folder before anything becomes visible
+    "folder: sync_folder < make_folder < repository/ceremony.py:init_repository make_folder(path)",
 }
 
 
