@@ -450,7 +450,7 @@ def _write_recalls(store: Store, targets: Targets, recalls: RecallList) -> None:
 
 
 def check_repository(folder: Path) -> tuple[str, ...]:
-    """What is wrong with the files that the metadata names: missing or changed manifests and blobs. Empty when all is well.
+    """What is wrong with the files that the metadata names: manifests, blobs, the deny-list. Empty when all is well.
 
     Raises:
         RepositoryError, TrustError: as :meth:`Store.chain`.
@@ -458,7 +458,12 @@ def check_repository(folder: Path) -> tuple[str, ...]:
     store = Store.open(folder)
     faults: list[str] = []
     seen: set[str] = set()
-    for release in releases_of(store.chain()):
+    chain = store.chain()
+    if (listed := chain.targets.targets.get(RECALLS_PATH)) is not None:
+        path = folder / "targets" / f"{listed.hashes['sha256']}.{RECALLS_PATH}"
+        if not path.is_file() or hex_of(digest_file(path)) != listed.hashes["sha256"]:
+            faults.append(f"{path}: the deny-list is missing or damaged")
+    for release in releases_of(chain):
         try:
             manifest, _ = load_manifest(folder, release)
         except RepositoryError as error:

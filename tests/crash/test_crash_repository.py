@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from edgekit.agent.stick import StickSource
+from edgekit.errors import EdgekitError
 from edgekit.repository import audit
 from edgekit.repository.ceremony import delegate, refresh_repository, repository_status, rotate, undelegate
 from edgekit.repository.changes import Workbench
 from edgekit.repository.listing import releases_of
-from edgekit.repository.publishing import add_publisher, check_repository, publish
+from edgekit.repository.prune import Policy, prune
+from edgekit.repository.publishing import add_publisher, check_repository, publish, recall
 from edgekit.repository.signatures import envelope_file
+from edgekit.repository.stick import make_stick
 from edgekit.repository.store import Store
+from edgekit.schema.base import decode_json
+from edgekit.schema.manifest import Manifest
 from edgekit.trust.dsse import decode_envelope
 from edgekit.trust.keys import load_public_keys
 from edgekit.trust.signer import load_signer
@@ -227,8 +233,88 @@ def explore_undelegate(office, published, folder):
     return Explorer("undelegate", recorder.trace, check, folder)
 
 
+def explore_recall(office, published, folder):
+    """The deny-list a device sees is the old one or the new one, and its file is there."""
+    work = Path(shutil.copytree(published[0], folder / "work"))
+    digest = next(iter(releases_of(Store.open(work / "repo").chain()))).manifest_digest
+    with Recorder(work, promised=(False, published[1])) as recorder:
+        recall(work / "repo", digest, deadline=LATER, reason="wrong labels", now=LATER)
+        recorder.promise((True, office.look(work, published[1])))
+
+    def check(work, promised):
+        is_done, seen = promised
+        assert check_repository(work / "repo") == ()
+        check_books(work)
+        recalled = [each.digest for each in repository_status(work / "repo", now=LATER).recalls]
+        assert recalled in ([digest], [] if not is_done else [digest])
+        assert office.look(work, seen).releases == {"1.0"}
+        recall(work / "repo", digest, deadline=LATER, reason="wrong labels", now=LATER)
+        assert [each.digest for each in repository_status(work / "repo", now=LATER).recalls] == [digest]
+        assert office.look(work, seen).releases == {"1.0"}
+
+    return Explorer("recall", recorder.trace, check, folder)
+
+
+def explore_prune(office, published, folder):
+    """Files too many, never one too few."""
+    work = Path(shutil.copytree(published[0], folder / "work"))
+    for version in ("2.0", "3.0"):  # the newest stays, and the one that a rollback would take
+        office.publish(work, version)
+    seen = office.look(work, published[1])
+    policy = Policy(keep=1, keep_days=0)
+    much_later = LATER + timedelta(minutes=5)
+    with Recorder(work, promised=(False, seen)) as recorder:
+        report = prune(work / "repo", policy, now=much_later)
+        assert [each.info.version for each in report.removed] == ["1.0"]
+        recorder.promise((True, office.look(work, seen)))
+
+    def check(work, promised):
+        is_done, seen = promised
+        assert check_repository(work / "repo") == ()
+        check_books(work)
+        fresh = office.look(work, seen)
+        assert fresh.releases == {"2.0", "3.0"} if is_done else fresh.releases in ({"1.0", "2.0", "3.0"}, {"2.0", "3.0"})
+        prune(work / "repo", policy, now=much_later)
+        assert check_repository(work / "repo") == ()
+        assert office.look(work, fresh).releases == office.look(work).releases == {"2.0", "3.0"}
+
+    return Explorer("prune", recorder.trace, check, folder)
+
+
+def explore_stick(office, published, folder):
+    """A stick that was pulled out is refused or good; made again, it is good."""
+    work = Path(shutil.copytree(published[0], folder / "work"))
+    repository = published[0] / "repo"
+    root = (repository / "metadata" / "1.root.json").read_bytes()
+    (work / "usb").mkdir()
+    with Recorder(work, promised=False) as recorder:
+        make_stick(repository, work / "usb" / "edgekit", names=("kws@1.0",))
+        recorder.promise(True)
+
+    def look(stick, parts):
+        source = StickSource(stick, root=root, floors=published[1].floors, model="kws")
+        release = max(source.refresh().releases, key=lambda each: each.info.counter)
+        manifest = decode_json(source.fetch_manifest(release), Manifest)
+        parts.mkdir(exist_ok=True)
+        return [source.fetch_blob(ref, parts) for ref in manifest.blobs if ref.role in {"model", "golden"}]
+
+    def check(work, is_done):
+        stick = work / "usb" / "edgekit"
+        try:
+            look(stick, work / "parts")
+        except EdgekitError:
+            assert not is_done, "a stick that was called ready is not"
+        make_stick(repository, stick, names=("kws@1.0",))
+        assert len(look(stick, work / "parts")) == 2
+
+    return Explorer("stick", recorder.trace, check, folder)
+
+
 SCENARIOS = [
     explore_trust,
+    explore_stick,
+    explore_recall,
+    explore_prune,
     explore_refresh,
     explore_publish,
     explore_publish_without_a_log,
