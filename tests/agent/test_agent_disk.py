@@ -29,6 +29,7 @@ def namespace(tmp_path):
     return in_namespace(folder)
 
 
+@pytest.mark.fault("F4")
 def test_full_disk_at_install_refused_clearly_and_recovered_from(world, make_agent, namespace):
     world.publish("1.0", seed=1)
     agent = make_agent(disk_reserve_bytes=0).start(prefix=namespace)
@@ -50,6 +51,7 @@ def test_full_disk_at_install_refused_clearly_and_recovered_from(world, make_age
     wait_for(lambda: agent.status()["state"]["phase"] == "idle")
 
 
+@pytest.mark.fault("F4")
 def test_disk_without_a_free_byte_stops_neither_serving_nor_the_agent(world, make_agent, namespace):
     """Not even the state file can be written; the agent goes on, and installs when there is room."""
     world.publish("1.0", seed=1)
@@ -72,6 +74,7 @@ def test_disk_without_a_free_byte_stops_neither_serving_nor_the_agent(world, mak
     agent.wait_served("2.0")
 
 
+@pytest.mark.fault("F4")
 def test_agent_starts_and_serves_on_a_disk_without_a_free_byte(world, make_agent, tmp_path):
     """After a power cut in the middle of an installation nothing can be tidied up or spooled; the model serves all the same."""
     world.publish("1.0", seed=1)

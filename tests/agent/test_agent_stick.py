@@ -48,12 +48,14 @@ def test_stick_long_after_the_timestamp_expired(world, stick):
     assert (found.floors.root, found.floors.targets, found.floors.timestamp, found.floors.time) == (1, 2, 0, None)
 
 
+@pytest.mark.fault("F11")
 def test_stick_of_expired_targets_or_root(world, stick):
     assert refused(world, stick, now=NOW + timedelta(days=91)) == "trust.expired"
     behind = Floors(time=NOW + timedelta(days=91))
     assert refused(world, stick, floors=behind, now=datetime(1970, 1, 1, tzinfo=UTC)) == "trust.expired"
 
 
+@pytest.mark.fault("F11")
 def test_stick_older_than_what_the_device_has_seen(world, stick, tmp_path):
     world.publish("2.0", seed=2)
     make_stick(world.folder, tmp_path / "newer", names=("m@2.0",))
@@ -62,6 +64,7 @@ def test_stick_older_than_what_the_device_has_seen(world, stick, tmp_path):
     assert refused(world, stick, floors=msgspec.structs.replace(floors, targets=0, root=5)) == "trust.rollback"
 
 
+@pytest.mark.fault("F11")
 def test_stick_signed_by_a_key_that_was_revoked_since(world, stick, tmp_path):
     old = stick / "metadata" / "2.targets.json"
     rotate(world.folder, "targets", old="targets", new="generate")
@@ -73,6 +76,7 @@ def test_stick_signed_by_a_key_that_was_revoked_since(world, stick, tmp_path):
     assert refused(world, tmp_path / "newer") == "trust.signature"
 
 
+@pytest.mark.fault("F11")
 def test_stick_with_a_root_that_a_stranger_made(world, stick, tmp_path):
     from edgekit.repository.ceremony import init_repository
 
@@ -81,6 +85,7 @@ def test_stick_with_a_root_that_a_stranger_made(world, stick, tmp_path):
     assert refused(world, stick) in {"trust.rollback", "trust.signature"}
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize("name", ["2.targets.json", "root"])
 def test_stick_with_a_flipped_byte(world, stick, name):
     if name == "root":
@@ -94,6 +99,7 @@ def test_stick_with_a_flipped_byte(world, stick, name):
     assert refused(world, stick) == "trust.signature"
 
 
+@pytest.mark.fault("F11")
 def test_stick_with_endless_linked_or_missing_metadata(world, stick, tmp_path):
     path = stick / "metadata" / "2.targets.json"
     good = path.read_bytes()
@@ -108,6 +114,7 @@ def test_stick_with_endless_linked_or_missing_metadata(world, stick, tmp_path):
     assert refused(world, stick) == "stick.unreadable"
 
 
+@pytest.mark.fault("F11")
 def test_blob_of_a_stick_changed_short_or_gone(world, stick, tmp_path):
     from edgekit.bundle.reader import parse_manifest
 
@@ -153,6 +160,7 @@ def wait_for_live(agent):
     wait_for(lambda: agent.get("/v2/health/live")[0] == 200, what="health")
 
 
+@pytest.mark.fault("F11")
 def test_agent_refuses_an_older_a_foreign_and_a_pulled_stick(world, stick, make_agent, tmp_path):
     agent = make_agent(repository="", root=str(world.root)).start()
     wait_for_live(agent)

@@ -76,6 +76,7 @@ def test_same_arguments_same_bytes(tmp_path, signer):
     assert first == second
 
 
+@pytest.mark.fault("F12")
 def test_every_flipped_byte_is_refused(bundle, signer, tmp_path):
     data = bundle.read_bytes()
     target = tmp_path / "flipped.edgekit"
@@ -223,6 +224,7 @@ def test_blob_missing(bundle, signer, tmp_path):
     assert "not in the file" in refusal(path, signer).message
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize(
     "name", ["../evil", "/etc/passwd", "a\\b", "blobs/sha256/", "blobs/sha256/" + "A" * 64, "manifest.json/", "x\x00y", "é"]
 )
@@ -237,6 +239,7 @@ def test_foreign_names(bundle, signer, tmp_path, name):
     assert refusal(target, signer).code == "bundle.malformed"
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("form", ["deflated", "time", "comment", "extra", "duplicate", "mode"])
 def test_zip_that_another_tool_wrote(bundle, signer, tmp_path, form):
     target = tmp_path / "zip.edgekit"
@@ -259,6 +262,7 @@ def test_zip_that_another_tool_wrote(bundle, signer, tmp_path, form):
     assert refusal(target, signer).code == "bundle.malformed"
 
 
+@pytest.mark.fault("F12")
 def test_bytes_before_between_and_after(bundle, signer, tmp_path):
     data = bundle.read_bytes()
     for name, changed in {"before": b"x" + data, "after": data + b"x", "newline": data + b"\n", "empty": b""}.items():
@@ -267,12 +271,14 @@ def test_bytes_before_between_and_after(bundle, signer, tmp_path):
         assert refusal(target, signer).code == "bundle.malformed"
 
 
+@pytest.mark.fault("F12")
 def test_sizes_that_need_zip64_are_refused():
     with pytest.raises(ArtifactError) as caught:
         arrange([Entry(name=blob_name("sha256:" + "0" * 64), size_bytes=0xFFFF_FFFF, crc32=0)])
     assert caught.value.code == "bundle.too_large"
 
 
+@pytest.mark.fault("F12")
 def test_sparse_file_above_four_gigabytes(tmp_path, signer):
     target = tmp_path / "sparse.edgekit"
     with target.open("wb") as file:

@@ -188,6 +188,7 @@ def pair():
     return old, new, subtract(old, new)
 
 
+@pytest.mark.fault("F25")
 def test_truncated_delta_is_refused_at_every_length(tmp_path, pair):
     old, new, delta = pair
     for length in [*range(64), *range(64, len(delta), 97), len(delta) - 1]:
@@ -195,6 +196,7 @@ def test_truncated_delta_is_refused_at_every_length(tmp_path, pair):
             applied(tmp_path, old, new, delta[:length])
 
 
+@pytest.mark.fault("F25")
 def test_flipped_bits_never_give_other_bytes(tmp_path, pair):
     old, new, delta = pair
     random = np.random.default_rng(1)
@@ -208,6 +210,7 @@ def test_flipped_bits_never_give_other_bytes(tmp_path, pair):
             continue
 
 
+@pytest.mark.fault("F25")
 def test_bytes_behind_the_delta_or_a_base_that_changed(tmp_path, pair):
     old, new, delta = pair
     base = tmp_path / "base"
@@ -221,6 +224,7 @@ def test_bytes_behind_the_delta_or_a_base_that_changed(tmp_path, pair):
     assert caught.value.code == "delta.base_missing"
 
 
+@pytest.mark.fault("F25")
 def test_result_longer_or_other_than_signed(tmp_path, pair):
     old, new, delta = pair
     for size in (len(new) - 1, len(new) + 1):
@@ -236,6 +240,7 @@ def _with(header, **changes):
     return Header(**({name: getattr(header, name) for name in Header.__struct_fields__} | changes))
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -268,6 +273,7 @@ def test_hostile_header_is_refused(pair, changes):
     assert caught.value.code == "delta.malformed"
 
 
+@pytest.mark.fault("F25")
 def test_header_bomb_is_refused_before_it_unfolds():
     packed = pack(bytes(64 << 20))
     with pytest.raises(ArtifactError):

@@ -489,12 +489,14 @@ def explorers(shop):
     return explorer
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("explore", SCENARIOS, ids=lambda explore: explore.__name__.removeprefix("explore_"))
 def test_device_after_a_power_cut_at_any_moment(explorers, explore):
     found = list(explorers(explore).violations())
     assert not found, "\n".join(map(str, found[:10]))
 
 
+@pytest.mark.fault("F3")
 def test_fsync_of_the_device_forgotten(explorers):
     left = survivors([explorers(explore) for explore in SCENARIOS], redundant=REDUNDANT)
     assert not left, "\n".join(map(str, left.values()))

@@ -87,12 +87,14 @@ def explorers():
     shutil.rmtree(scratch)
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("explore", SCENARIOS, ids=lambda explore: explore.__name__.removeprefix("explore_"))
 def test_file_after_a_power_cut_at_any_moment(explorers, explore):
     found = list(explorers(explore).violations())
     assert not found, "\n".join(map(str, found[:10]))
 
 
+@pytest.mark.fault("F3")
 def test_fsync_of_a_file_forgotten(explorers):
     left = survivors([explorers(explore) for explore in SCENARIOS], redundant=REDUNDANT)
     assert not left, "\n".join(map(str, left.values()))
@@ -116,15 +118,18 @@ def states_of(folder, work):
     return found
 
 
+@pytest.mark.fault("F3")
 def test_disk_with_a_file_that_nobody_fsynced(tmp_path):
     found = states_of(tmp_path, lambda work: (work / "a").write_bytes(b"content"))
     assert found == {(), (("a", b""),), (("a", b"con"),), (("a", b"con\0\0\0\0"),), (("a", b"content"),)}
 
 
+@pytest.mark.fault("F3")
 def test_disk_with_a_file_that_was_written_durably(tmp_path):
     assert states_of(tmp_path, lambda work: write_durably(work / "a", b"content")) == {(), (("a", b"content"),)}
 
 
+@pytest.mark.fault("F3")
 def test_disk_with_a_name_that_nobody_fsynced(tmp_path):
     def work(folder):
         write_durably(folder / "a", b"old")
@@ -135,6 +140,7 @@ def test_disk_with_a_name_that_nobody_fsynced(tmp_path):
     assert states_of(tmp_path, work) == {(), (old,), (old, ("b", b"new")), (new,)}
 
 
+@pytest.mark.fault("F3")
 def test_disk_with_bytes_added_to_durable_ones(tmp_path):
     def work(folder):
         write_durably(folder / "a", b"kept")
@@ -145,6 +151,7 @@ def test_disk_with_bytes_added_to_durable_ones(tmp_path):
     assert contents == {b"kept", b"kept+m", b"kept+m\0\0\0", b"kept+more"}
 
 
+@pytest.mark.fault("F3")
 def test_disk_with_a_folder_whose_name_is_not_durable(tmp_path):
     def work(folder):
         (folder / "f").mkdir()
@@ -153,6 +160,7 @@ def test_disk_with_a_folder_whose_name_is_not_durable(tmp_path):
     assert states_of(tmp_path, work) == {(), (("f/a", b"content"),)}
 
 
+@pytest.mark.fault("F3")
 def test_fsync_that_is_forgotten_is_found(tmp_path):
     """The promise that a written key is there is kept by both fsyncs, and by no other."""
     (tmp_path / "work").mkdir()

@@ -351,12 +351,14 @@ def explorers(office, published):
     return explorer
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("explore", SCENARIOS, ids=lambda explore: explore.__name__.removeprefix("explore_"))
 def test_repository_after_a_power_cut_at_any_moment(explorers, explore):
     found = list(explorers(explore).violations())
     assert not found, "\n".join(map(str, found[:10]))
 
 
+@pytest.mark.fault("F3")
 def test_fsync_of_the_repository_forgotten(explorers):
     """Each one is needed: without it some power cut does harm."""
     left = survivors([explorers(explore) for explore in SCENARIOS], redundant=REDUNDANT)

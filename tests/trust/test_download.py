@@ -110,6 +110,7 @@ def test_complete_file_is_not_fetched_again(tmp_path):
         assert fetch(peer.url, tmp_path).read_bytes() == DATA
 
 
+@pytest.mark.fault("F5")
 def test_link_cut_again_and_again_transfers_each_byte_once(tmp_path):
     with Peer(lambda h, first, r: rest(h, first, r, limit=70_000)) as peer:
         assert fetch(peer.url, tmp_path).read_bytes() == DATA
@@ -117,6 +118,7 @@ def test_link_cut_again_and_again_transfers_each_byte_once(tmp_path):
         assert len(peer.requests) == 5
 
 
+@pytest.mark.fault("F5")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, 120_000), max_size=5))
 def test_cuts_anywhere_give_the_right_bytes(tmp_path_factory, cuts):
@@ -127,6 +129,7 @@ def test_cuts_anywhere_give_the_right_bytes(tmp_path_factory, cuts):
         assert peer.sent == len(DATA)
 
 
+@pytest.mark.fault("F5")
 def test_resumes_in_another_process_run(tmp_path):
     def once(handler, first, has_range):
         rest(handler, first, has_range, limit=0 if has_range else 100_000)
@@ -139,6 +142,7 @@ def test_resumes_in_another_process_run(tmp_path):
         assert peer.requests == ["bytes=100000-"]
 
 
+@pytest.mark.fault("F5")
 @pytest.mark.parametrize("part", [b"x" * 1000, DATA[:500] + b"x" + DATA[501:1000], DATA + b"more", b"\0" * len(DATA), DATA])
 def test_part_that_is_damaged_too_long_or_complete(tmp_path, part):
     (tmp_path / f"{hex_of(REF.digest)}.part").write_bytes(part)
@@ -179,6 +183,7 @@ def unsatisfiable(handler, first, has_range):
         handler.reply(416, b"", Content_Range=f"bytes */{len(DATA)}")
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("behave", [ignores_range, wrong_range, no_content_range, other_total, unsatisfiable])
 def test_server_that_does_not_resume_never_mixes_bytes(tmp_path, behave):
     (tmp_path / f"{hex_of(REF.digest)}.part").write_bytes(DATA[:1000])
@@ -186,6 +191,7 @@ def test_server_that_does_not_resume_never_mixes_bytes(tmp_path, behave):
         assert fetch(peer.url, tmp_path).read_bytes() == DATA
 
 
+@pytest.mark.fault("F7")
 def test_other_bytes_of_the_same_length(tmp_path):
     wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
     with Peer(lambda h, first, r: rest(h, first, r, data=wrong)) as peer:
@@ -204,6 +210,7 @@ def endless(handler, first, has_range):
         handler.server.sent += len(DATA)
 
 
+@pytest.mark.fault("F7")
 def test_endless_body_is_bounded(tmp_path):
     with Peer(endless) as peer:
         with pytest.raises(TrustError) as caught:
@@ -212,6 +219,7 @@ def test_endless_body_is_bounded(tmp_path):
         assert left(tmp_path) == []
 
 
+@pytest.mark.fault("F7")
 def test_longer_blob_is_refused_by_its_length(tmp_path):
     with Peer(lambda h, first, r: h.reply(200, DATA + b"x")) as peer, pytest.raises(TrustError) as caught:
         fetch(peer.url, tmp_path)
@@ -234,6 +242,7 @@ def one_byte_each(handler, first, has_range):
     rest(handler, first, has_range, limit=1)
 
 
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize(("behave", "code"), [(drip, "repository.slow"), (one_byte_each, "repository.unreachable")])
 def test_slow_retrieval_ends(tmp_path, behave, code):
     with Peer(behave) as peer, pytest.raises(RepositoryError) as caught:
@@ -242,6 +251,7 @@ def test_slow_retrieval_ends(tmp_path, behave, code):
     assert left(tmp_path) == [f"{hex_of(REF.digest)}.part"]
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize(("status", "code"), [(404, "repository.not_found"), (500, "repository.unreachable")])
 def test_server_says_no(tmp_path, status, code):
     with Peer(lambda h, first, r: h.reply(status, b"sorry")) as peer, pytest.raises(RepositoryError) as caught:
@@ -249,6 +259,7 @@ def test_server_says_no(tmp_path, status, code):
     assert caught.value.code == code
 
 
+@pytest.mark.fault("F6")
 def test_compressed_answer_is_refused(tmp_path):
     with Peer(lambda h, first, r: h.reply(200, b"x", Content_Encoding="gzip")) as peer, pytest.raises(RepositoryError):
         fetch(peer.url, tmp_path)
@@ -265,6 +276,7 @@ def test_too_little_space_is_seen_before_the_download(tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_disk_fills_up_during_the_download(tmp_path, monkeypatch, error):
     real = os.fsync
@@ -283,6 +295,7 @@ def test_disk_fills_up_during_the_download(tmp_path, monkeypatch, error):
         assert fetch(peer.url, tmp_path).read_bytes() == DATA
 
 
+@pytest.mark.fault("F4")
 def test_real_file_size_limit_stops_the_write(tmp_path):
     """A write that the system itself refuses, in a child with a file size limit (EFBIG stands for a quota)."""
     import resource

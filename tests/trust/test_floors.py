@@ -70,6 +70,7 @@ def test_message_names_role_and_versions():
         check_roles(Floors(root=1, snapshot=4), RoleVersions(root=1, timestamp=9, snapshot=3, targets=9))
 
 
+@pytest.mark.fault("F10")
 @given(st.lists(st.integers(-1000, 1000)))
 def test_reference_time_never_goes_back(offsets):
     floor, last = Floors(), NOW - timedelta(days=1)

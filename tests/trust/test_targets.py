@@ -205,6 +205,7 @@ def test_terminating_role_ends_the_search(site):
     assert site.refused("x") == "repository.no_target"
 
 
+@pytest.mark.fault("F8")
 def test_role_is_verified_by_each_delegator(site):
     """What is valid by one parent's word is not by another's: python-tuf before 7.0.1 took it."""
     site.delegate("a", ["a/*"])
@@ -218,6 +219,7 @@ def test_role_is_verified_by_each_delegator(site):
     assert site.left == ["a%2Fx"]
 
 
+@pytest.mark.fault("F8")
 def test_key_that_is_listed_twice_does_not_count_twice(site):
     role = site.delegate("team", ["team/*"], threshold=2)
     (keyid,) = site.targets.delegations.roles["team"].keyids
@@ -255,6 +257,7 @@ def test_every_digest_must_fit(site, further):
     assert site.left == []
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize(
     ("content", "code"), [(DATA[:-1] + b"x", "trust.digest"), (DATA + b"x", "trust.length"), (DATA * 9, "trust.length")]
 )
@@ -293,6 +296,7 @@ def test_interrupted_target_is_gone_on_with_later(site):
     assert site.left == ["x"]
 
 
+@pytest.mark.fault("F7")
 def test_slow_retrieval_ends(site):
     site.add("x", DATA[:300])
     site.is_dripping = True
@@ -321,6 +325,7 @@ def test_path_that_is_no_file_name(site, path):
     assert site.refused(path) == "device.storage"
 
 
+@pytest.mark.fault("F8")
 def test_rolled_back_repository_and_lost_cache(site):
     old = dict(site.served)
     site.raise_versions()
@@ -330,6 +335,7 @@ def test_rolled_back_repository_and_lost_cache(site):
     assert site.refused("x") == "trust.rollback"
 
 
+@pytest.mark.fault("F28")
 def test_new_root_recovers_from_versions_that_were_signed_too_high(site):
     site.raise_versions(by=1000)
     site.refresh()
