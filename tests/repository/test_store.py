@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import stat
 from datetime import UTC, datetime, timedelta
@@ -11,7 +10,7 @@ import pytest
 from forging import forge
 from releases import tiny_bundle, tree_digests
 
-from edgekit.errors import EdgekitError, RepositoryError, TrustError, UsageError
+from edgekit.errors import RepositoryError, TrustError, UsageError
 from edgekit.repository.ceremony import init_repository, refresh_repository, repository_status
 from edgekit.repository.publishing import add_publisher, check_repository, publish
 from edgekit.repository.server import RepositoryServer
@@ -305,81 +304,6 @@ def test_two_publishers_with_one_name(repo, place):
         add_publisher(repo, place / f"{number}" / "publisher.pub")
     assert {key.keyid for key in keys} <= set(repository_status(repo).publishers)
     assert len(repository_status(repo).publishers) == 3
-
-
-def crash_at(step, action):
-    """Run ``action`` in a child that dies at its n-th durable operation; returns whether it died."""
-    child = os.fork()
-    if child == 0:
-        left = [step]
-
-        def counted(real):
-            def call(*arguments, **named):
-                if left[0] == 0:
-                    os._exit(9)
-                left[0] -= 1
-                return real(*arguments, **named)
-
-            return call
-
-        for name in ("fsync", "replace", "mkdir", "fchmod", "open"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            action()
-        except BaseException:  # noqa: BLE001
-            os._exit(3)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in {0, 9}
-    return code == 9
-
-
-def test_crash_at_every_operation_of_publish_leaves_a_servable_repository(place, signer, tmp_path):
-    publish(place / "repo", bundle(place, signer), now=NOW)
-    second = bundle(place, signer, "2.0.0", model=b"second" * 30)
-    step, outcomes = 0, set()
-    while True:
-        world = tmp_path / f"crash-{step}"
-        shutil.copytree(place, world)
-        has_died = crash_at(step, lambda repo=world / "repo": publish(repo, second, now=NOW))
-        seen = releases_seen(world / "repo", world / "device" / "cache")
-        assert seen in ({"1.0.0": 1}, {"1.0.0": 1, "2.0.0": 2})
-        outcomes.add(len(seen))
-        assert publish(world / "repo", second, now=NOW).info.counter == 2
-        assert check_repository(world / "repo") == ()
-        if not has_died:
-            break
-        step += 1
-        shutil.rmtree(world)
-    assert step > 25
-    assert outcomes == {1, 2}
-
-
-def take_up(repo) -> str:
-    """The code of the error of another init; empty when it worked."""
-    try:
-        init_repository(repo, now=NOW)
-    except EdgekitError as error:
-        return error.code
-    return ""
-
-
-def test_crash_at_every_operation_of_init_can_be_taken_up_again(tmp_path):
-    step = 0
-    while True:
-        repo = tmp_path / f"crash-{step}" / "repo"
-        repo.parent.mkdir()
-        has_died = crash_at(step, lambda folder=repo: init_repository(folder, now=NOW))
-        if not has_died:
-            break
-        code = take_up(repo)
-        if code == "key.malformed":  # it died while a key was written; the message names the empty file
-            next(path for path in (repo.parent / "keys").iterdir() if not path.stat().st_size).unlink()
-            code = take_up(repo)
-        assert code in {"", "repository.exists"}
-        assert len(repository_status(repo, now=NOW).roles) == 4
-        step += 1
-    assert step > 20
 
 
 def test_version_number_is_never_used_twice(place, repo, signer):
