@@ -58,7 +58,7 @@ def amend(
     threshold: list[str] = typer.Option(
         [], "--threshold", metavar="LABEL=SCORE", help="Score from which this label counts, 0..1; LABEL= takes it away; repeat."
     ),
-    card: Path | None = typer.Option(None, "--card", metavar="FILE", help="As with pack; the evidence is written anew."),
+    card: Path | None = typer.Option(None, "--card", metavar="FILE", help="As with pack; the old words stay without it."),
     oms_key: Path | None = typer.Option(None, "--oms-key", metavar="KEY", help="As with pack."),
     destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
 ) -> None:
@@ -92,14 +92,14 @@ def _evidence(draft: Draft, old: Bundle, card: Path | None, oms_key: Path | None
     """Evidence of the new release, where the old one has some."""
     from edgekit.bundle.provenance.attach import attach_evidence
     from edgekit.bundle.provenance.facts import EVIDENCE_ROLES
-    from edgekit.bundle.provenance.intent import load_intent
+    from edgekit.bundle.provenance.intent import intent_of, load_intent
     from edgekit.cli.bundle_evidence import add_signature
 
     roles = {ref.role for ref in old.manifest.blobs} & EVIDENCE_ROLES
     if "signature" in roles and oms_key is None:
         note("the old release has a model signature, the new one has none; give --oms-key", "yellow")
     if roles or card:
-        draft = attach_evidence(draft, intent=load_intent(card) if card else None)
+        draft = attach_evidence(draft, intent=load_intent(card) if card else intent_of(old))
     return add_signature(draft, oms_key)
 
 

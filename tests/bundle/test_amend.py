@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from releases import BORN, CONTRACT, candidate_folder, tiny_bundle
 
 from edgekit.bundle.amend import amend_bundle, amend_contract
+from edgekit.bundle.provenance.intent import Intent, intent_of
 from edgekit.bundle.reader import parse_manifest, read_bundle, verify_bundle
 from edgekit.bundle.writer import write_bundle
 from edgekit.cli.main import main
@@ -133,6 +135,25 @@ def test_evidence_is_of_the_new_release(tmp_path, capsys, monkeypatch, signer):
     bare = amend_bundle(old, version="1.3", folder=tmp_path, thresholds={"a": 0.5})
     assert {ref.role for ref in bare.manifest.blobs} == {"model", "golden", "candidate", "report"}
     assert set(bare.blobs) == {ref.digest for ref in bare.manifest.blobs}
+
+
+def test_words_of_the_owner_stay_until_new_ones_are_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    candidate_folder(tmp_path / "out")
+    assert main(["bundle", "keygen", "--out", "p"]) == 0
+    Path("card.toml").write_text('intended_use = ["Doors of lifts."]\nowner = "Line team"\n')
+    Path("other.toml").write_text('owner = "Night shift"\n')
+    pack = ["bundle", "pack", "out", "--name", "kws", "--version", "1.0", "--key", "p.pem", "--card", "card.toml"]
+    assert main(pack) == 0
+    amend = ["bundle", "amend", "kws-1.0.edgekit", "--threshold", "a=0.5", "--key", "p.pem"]
+    assert main([*amend, "--version", "1.1"]) == 0
+    assert main([*amend, "--version", "1.2", "--card", "other.toml"]) == 0
+    kept, changed = read_bundle(Path("kws-1.1.edgekit")), read_bundle(Path("kws-1.2.edgekit"))
+    assert intent_of(kept) == Intent(intended_use=("Doors of lifts.",), owner=("Line team",))
+    assert intent_of(changed) == Intent(owner=("Night shift",))
+    cards = [next(ref for ref in each.manifest.blobs if ref.path == "card.md") for each in (kept, changed)]
+    assert b"Doors of lifts." in kept.blob(cards[0].digest)
+    assert b"Doors of lifts." not in changed.blob(cards[1].digest)
 
 
 def test_predict_opens_a_sealed_bundle_with_its_identity(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ from edgekit.bundle.provenance.card import HTML_PATH, MARKDOWN_PATH, compose_car
 from edgekit.bundle.provenance.card_html import render_html
 from edgekit.bundle.provenance.card_markdown import render_markdown
 from edgekit.bundle.provenance.facts import EVIDENCE_ROLES, ReleaseFacts, gather_variants, reader_of
-from edgekit.bundle.provenance.intent import Intent
+from edgekit.bundle.provenance.intent import INTENT_PATH, Intent
 from edgekit.bundle.provenance.reliability import LabelledSamples, Reliability, Unmeasured, measure_reliability
 from edgekit.bundle.provenance.slsa import provenance_path, state_provenance
 from edgekit.bundle.sampling import OpenedModel
@@ -55,6 +55,8 @@ def attach_evidence(
     statements = [ref for ref in draft.manifest.blobs if ref.role == "provenance"]
     draft = draft.with_blob(BOM_PATH, "bom", write_bom(facts, statements))
     card = compose_card(facts, [ref for ref in draft.manifest.blobs if ref.role in {"bom", "provenance"}])
+    if facts.intent != Intent():
+        draft = draft.with_blob(INTENT_PATH, "card", msgspec.json.encode(facts.intent))
     draft = draft.with_blob(MARKDOWN_PATH, "card", render_markdown(card))
     return draft.with_blob(HTML_PATH, "card", render_html(card))
 

@@ -22,6 +22,7 @@ from edgekit.bundle.opening import content_of
 from edgekit.bundle.provenance import oms
 from edgekit.bundle.provenance.bom import ROLE_PROPERTY
 from edgekit.bundle.provenance.facts import VariantFacts, gather_variants
+from edgekit.bundle.provenance.intent import INTENT_PATH
 from edgekit.bundle.provenance.producer_key import ProducerPublicKey
 from edgekit.bundle.provenance.slsa import PREDICATE_TYPE, ProvenanceStatement
 from edgekit.bundle.provenance.statement import STATEMENT_TYPE
@@ -132,7 +133,7 @@ def check_evidence(bundle: Bundle, oms_key: ProducerPublicKey | None = None) -> 
     return Evidence(
         boms=tuple(_check_bom(bundle, path, data, variants) for path, data in documents["bom"]),
         provenance=provenance,
-        cards=tuple(_check_card(bundle, path, data, variants) for path, data in documents["card"]),
+        cards=tuple(_check_card(bundle, path, data, variants) for path, data in documents["card"] if path != INTENT_PATH),
         signature=signature,
         is_signature_verified=signature is not None and oms_key is not None,
     )

@@ -17,9 +17,12 @@ from typing import Any
 
 import msgspec
 
-from edgekit.errors import UsageError
+from edgekit.bundle.reader import Bundle
+from edgekit.errors import ArtifactError, UsageError
 
 MAX_FILE_BYTES = 256 * 1024
+INTENT_PATH = "intent.json"
+"""The owner's words as data, beside the card that is written from them: a later amendment takes them along."""
 NOT_STATED = "not stated"
 _ALIASES = {"license": "licence", "use_cases": "intended_use", "ethics": "ethical_considerations", "limits": "limitations"}
 
@@ -41,6 +44,24 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FIELDS = tuple(Intent.__struct_fields__)
+
+
+def intent_of(bundle: Bundle) -> Intent:
+    """The owner's words that a bundle carries; empty where it has none.
+
+    Raises:
+        TrustError: ``bundle.digest_mismatch``.
+        ArtifactError: ``card.malformed``.
+    """
+    found = next((ref for ref in bundle.manifest.blobs if ref.role == "card" and ref.path == INTENT_PATH), None)
+    if found is None:
+        return Intent()
+    if found.size_bytes > MAX_FILE_BYTES:
+        raise ArtifactError("card.malformed", f"{INTENT_PATH}: larger than {MAX_FILE_BYTES} bytes.")
+    try:
+        return msgspec.json.decode(bundle.blob(found.digest), type=Intent)
+    except msgspec.DecodeError as error:
+        raise ArtifactError("card.malformed", f"{INTENT_PATH}: {error}.") from error
 
 
 def load_intent(path: Path) -> Intent:
