@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from paho.mqtt.client import topic_matches_sub
 
 from edgekit.agent.journal import Journal, now_ms
-from edgekit.agent.mqtt import FAILURE_CODE, MAX_IN_FLIGHT, Connection, Handlers
+from edgekit.agent.mqtt import FAILURE_CODE, MAX_IN_FLIGHT, Connection, Handlers, Incoming
 from edgekit.agent.outbox import Kind, Outbox, Row
 from edgekit.schema.message import Death, Heartbeat, Window, WindowBatch
 from edgekit.telemetry.codec import encode
@@ -50,12 +51,43 @@ class Courier:
     _live_after: int = 0
     _late_after: int = 0
     _retry: asyncio.TimerHandle | None = None
+    _listeners: dict[str, Callable[[Incoming], None]] = field(default_factory=dict)
+
+    def listen(self, topic_filter: str, handler: Callable[[Incoming], None]) -> None:
+        """Hear what is published there, now and after each new connection; one handler a filter.
+
+        The handler runs in the loop's thread and must not block it. The broker may deliver a message twice.
+        """
+        self._listeners[topic_filter] = handler
+        if self.is_connected and self._connection is not None:
+            self._connection.subscribe(topic_filter)
+
+    def _hear(self, message: Incoming) -> None:
+        for topic_filter, handler in tuple(self._listeners.items()):
+            if topic_matches_sub(topic_filter, message.topic):
+                try:
+                    handler(message)
+                except Exception:  # a bug in one listener must not cut the connection of the others
+                    logger.exception("event=listener_failed topic=%s", message.topic)
+
+    def answer(self, where: str, payload: bytes, *, correlation: bytes = b"", qos: int = 1) -> bool:
+        """Publish outside the spool: what is of no use later, such as the answer to a command.
+
+        Returns:
+            Whether it is on its way; False without a connection.
+        """
+        if not self.is_connected or self._connection is None:
+            return False
+        mid = self._connection.publish(where, payload, qos=qos, is_retained=False, correlation=correlation)
+        return mid is not None
 
     def start(self) -> None:
         """Begin to connect."""
         config = self.journal.config
         will = encode(Death(boot=self.journal.boot))
-        handlers = Handlers(on_connect=self._connected, on_disconnect=self._disconnected, on_puback=self._puback)
+        handlers = Handlers(
+            on_connect=self._connected, on_disconnect=self._disconnected, on_puback=self._puback, on_message=self._hear
+        )
         self._connection = Connection(config, topic(config.site, config.device, "status"), will, handlers)
         self._connection.start()
 
@@ -63,6 +95,9 @@ class Courier:
         if not self.outbox.read(kinds=("birth",), boot=self.journal.boot, limit=1):
             self.announce()  # not connected yet: nothing goes out before the birth
         self.is_connected = True
+        for topic_filter in self._listeners:
+            if self._connection is not None:
+                self._connection.subscribe(topic_filter)
         logger.info("event=broker_connected waiting=%d", self.outbox.count)
         self._rewind()
         self.pump()

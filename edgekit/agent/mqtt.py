@@ -42,6 +42,17 @@ STABLE_SECONDS = 30.0
 FAILURE_CODE = 0x80
 
 
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """One message that a broker delivered. ``response_topic`` and ``correlation`` are MQTT 5's request and response."""
+
+    topic: str
+    payload: bytes
+    is_retained: bool = False
+    response_topic: str = ""
+    correlation: bytes = b""
+
+
 @dataclass
 class Handlers:
     """What the connection calls, in the event loop's thread."""
@@ -49,6 +60,7 @@ class Handlers:
     on_connect: Callable[[], None]
     on_disconnect: Callable[[str], None]
     on_puback: Callable[[int, int, str], None]
+    on_message: Callable[[Incoming], None] = lambda _message: None
 
 
 @dataclass
@@ -117,7 +129,19 @@ class Connection:
         def on_publish(_client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
             loop.call_soon_threadsafe(handlers.on_puback, mid, int(reason.value), str(reason))
 
+        def on_message(_client: Any, _data: Any, message: Any) -> None:
+            given = message.properties
+            incoming = Incoming(
+                topic=message.topic,
+                payload=bytes(message.payload),
+                is_retained=bool(message.retain),
+                response_topic=str(getattr(given, "ResponseTopic", "") or ""),
+                correlation=bytes(getattr(given, "CorrelationData", b"") or b""),
+            )
+            loop.call_soon_threadsafe(handlers.on_message, incoming)
+
         client.on_connect = on_connect
+        client.on_message = on_message
         client.on_publish = on_publish
         # With this set, publish() only queues and wakes the thread: two threads that write could mix up their bytes.
         client.on_socket_register_write = lambda *_: None
@@ -159,11 +183,34 @@ class Connection:
             return str(error) or type(error).__name__, has_lasted
         return paho.error_string(code), has_lasted
 
-    def publish(self, topic: str, payload: bytes, *, qos: int, is_retained: bool) -> int | None:
-        """Send one message; its number for the PUBACK, or None when that is not possible now."""
+    def subscribe(self, topic_filter: str) -> None:
+        """Ask for messages, QoS 1; retained ones come each time."""
+        if self._client is not None:
+            self._client.subscribe(topic_filter, qos=1)
+
+    def publish(
+        self, topic: str, payload: bytes, *, qos: int, is_retained: bool, correlation: bytes = b"", expiry_s: int = 0
+    ) -> int | None:
+        """Send one message; its number for the PUBACK, or None when that is not possible now.
+
+        Args:
+            topic: where to.
+            payload: the message.
+            qos: 0 or 1.
+            is_retained: whether the broker keeps it.
+            correlation: MQTT 5's correlation data, for an answer.
+            expiry_s: seconds after which the broker may forget it; 0 for never.
+        """
         if self._client is None:
             return None
-        info = self._client.publish(topic, payload, qos=qos, retain=is_retained)
+        properties = None
+        if correlation or expiry_s:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            if correlation:
+                properties.CorrelationData = correlation
+            if expiry_s:
+                properties.MessageExpiryInterval = expiry_s
+        info = self._client.publish(topic, payload, qos=qos, retain=is_retained, properties=properties)
         return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
 
     def stop(self) -> None:

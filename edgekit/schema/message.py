@@ -39,6 +39,19 @@ EventKind = Literal[
     "release_recalled",
     "release_expired",
     "delta_failed",
+    "probation_started",
+    "committed",
+    "shadow_started",
+    "shadow_finished",
+    "model_hung",
+    "command_received",
+    "command_finished",
+    "updates_paused",
+    "updates_resumed",
+    "contract_violated",
+    "desired_refused",
+    "desired_accepted",
+    "precheck_failed",
 ]
 
 
