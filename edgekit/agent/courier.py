@@ -1,8 +1,14 @@
 """Carries the outbox to the broker: identity first, then what is new, then the backlog; never more than 20 on the way.
 
 On each connection the births and states that wait go first, oldest first, so that the broker's retained messages end on the
-newest. Only when all of them are confirmed the rest follows. A message leaves the outbox when its PUBACK says success; a
-refused one (not authorized, quota) stays, and is tried again after a while.
+newest. Only when all of them are confirmed the rest follows: what is new as it comes, and beside it the backlog, by class
+(events and labels, windows up to 30 a message, samples), at a bounded rate and never on the last five places, so that old data
+do not hold up live ones, and a whole fleet that comes back does not drown its broker.
+
+A message leaves the outbox when its PUBACK says success. A refused one (not authorized, quota) stays, and is tried again after
+a pause that grows; after ``MAX_REFUSALS`` it is set aside with an event, and tried once more on a connection a day later. What
+is larger than the broker takes is sent in smaller parts, or set aside at once. When the broker hangs up because of what it was
+sent, messages go one at a time for a while, so that the one that it cannot bear is found and does not cost all others.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,16 +26,32 @@ from paho.mqtt.client import topic_matches_sub
 from edgekit.agent.journal import Journal, now_ms
 from edgekit.agent.mqtt import FAILURE_CODE, MAX_IN_FLIGHT, Connection, Handlers, Incoming
 from edgekit.agent.outbox import Kind, Outbox, Row
+from edgekit.agent.pace import Pace
 from edgekit.schema.message import Death, Heartbeat, Window, WindowBatch
-from edgekit.telemetry.codec import encode
+from edgekit.telemetry.codec import MAX_BYTES, encode
 from edgekit.telemetry.topics import Verb, topic
 
 logger = logging.getLogger(__name__)
 
 BATCH_WINDOWS = 30
 REFUSED_RETRY_S = 30.0
+MAX_RETRY_S = 3600.0
+MAX_REFUSALS = 5
+REVIVE_S = 86400.0
 GOODBYE_SECONDS = 2.0
-_VERBS: dict[Kind, Verb] = {"birth": "status", "rep": "rep", "ev": "ev", "w": "w"}
+LIVE_RESERVE = 5
+"""Places on the way that the backlog never takes."""
+LIVE_RUN = 4
+"""So many live messages in a row let one of the backlog pass."""
+PACKET_MARGIN_BYTES = 512
+"""What a packet has beside its payload, at most: header, topic, properties."""
+TOO_LARGE = 0x95
+CAREFUL_MESSAGES = 50
+"""So many go one at a time after the broker hung up because of one."""
+_VERBS: dict[Kind, Verb] = {"birth": "status", "rep": "rep", "ev": "ev", "lb": "lb", "w": "w", "x": "x"}
+_LIVE: tuple[Kind, ...] = ("birth", "rep", "ev", "lb", "w")
+_BACKLOG: tuple[tuple[Kind, ...], ...] = (("ev", "lb"), ("w",), ("x",))
+"""What is sent of the backlog first. Samples are never live."""
 
 
 @dataclass
@@ -49,8 +72,16 @@ class Courier:
     _preface_ids: set[int] = field(default_factory=set)
     _mark: int = 0
     _live_after: int = 0
-    _late_after: int = 0
+    _late_after: dict[tuple[Kind, ...], int] = field(default_factory=dict)
+    _live_run: int = 0
+    _pace: Pace = field(default_factory=Pace)
+    _batch_windows: int = BATCH_WINDOWS
+    _refusals: int = 0
+    _careful: int = 0
+    _told: set[tuple[Kind, str]] = field(default_factory=set)
+    _revived_at: float = field(default_factory=time.monotonic)
     _retry: asyncio.TimerHandle | None = None
+    _resume: asyncio.TimerHandle | None = None
     _listeners: dict[str, Callable[[Incoming], None]] = field(default_factory=dict)
 
     def listen(self, topic_filter: str, handler: Callable[[Incoming], None]) -> None:
@@ -84,6 +115,7 @@ class Courier:
     def start(self) -> None:
         """Begin to connect."""
         config = self.journal.config
+        self._pace = Pace(per_s=config.drain_per_s)
         will = encode(Death(boot=self.journal.boot))
         handlers = Handlers(
             on_connect=self._connected, on_disconnect=self._disconnected, on_puback=self._puback, on_message=self._hear
@@ -95,6 +127,8 @@ class Courier:
         if not self.outbox.read(kinds=("birth",), boot=self.journal.boot, limit=1):
             self.announce()  # not connected yet: nothing goes out before the birth
         self.is_connected = True
+        self._told.clear()
+        self._batch_windows = self._batch_windows if self._careful else BATCH_WINDOWS
         for topic_filter in self._listeners:
             if self._connection is not None:
                 self._connection.subscribe(topic_filter)
@@ -104,16 +138,30 @@ class Courier:
 
     def _rewind(self) -> None:
         """Everything in the outbox is to be sent: the connection is new, or something was refused."""
-        self._in_flight.clear()
+        self._forget_flight()
+        if self.outbox.dead and time.monotonic() - self._revived_at >= REVIVE_S:
+            self._revived_at = time.monotonic()
+            logger.info("event=messages_revived count=%d", self.outbox.revive())
         self._preface = self.outbox.read(kinds=("birth", "rep"), limit=1_000_000)
         self._preface_ids = {row.id for row in self._preface}
         newest = self.outbox.newest_id()
         self._mark = self._live_after = newest
-        self._late_after = 0
+        self._late_after.clear()
 
-    def _disconnected(self, _reason: str) -> None:
-        self.is_connected = False
+    def _forget_flight(self) -> None:
         self._in_flight.clear()
+        self.outbox.held.clear()
+
+    def _disconnected(self, reason: str) -> None:
+        self.is_connected = False
+        flight = tuple(self._in_flight.values())
+        self._forget_flight()
+        if flight and getattr(self._connection, "is_blamed", False):
+            if self._careful and len(flight) == 1 and len(flight[0]) > 1:
+                self._batch_windows = max(1, len(flight[0]) // 2)
+            elif self._careful and len(flight) == 1:
+                self._bury_ids(flight[0], reason, most=MAX_REFUSALS)
+            self._careful = CAREFUL_MESSAGES
 
     def pump(self) -> None:
         """Send as much as may be on the way at once; a spool that cannot be read now is tried again later."""
@@ -123,35 +171,77 @@ class Courier:
             self._postpone(f"the spool: {error}")
 
     def _pump(self) -> None:
-        while self.is_connected and len(self._in_flight) < MAX_IN_FLIGHT:
+        while self.is_connected and len(self._in_flight) < self._places:
             if self._preface:
                 is_sent = self._send([self._preface.pop(0)], is_late=False)
             elif self._preface_ids:
                 return
-            elif rows := self.outbox.read(kinds=("birth", "rep", "ev", "w"), after=self._live_after, limit=1):
-                self._live_after = rows[0].id
+            elif self._live_run >= LIVE_RUN and (rows := self._next_late()):
+                is_sent = self._send_late(rows)
+            elif rows := self.outbox.read(kinds=_LIVE, after=self._live_after, limit=1):
+                self._live_after, self._live_run = rows[0].id, self._live_run + 1
                 is_sent = self._send(rows, is_late=False)
             elif rows := self._next_late():
-                self._late_after = rows[-1].id
-                is_sent = self._send(rows, is_late=True)
+                is_sent = self._send_late(rows)
             else:
                 return
             if not is_sent:
                 return
 
+    @property
+    def _places(self) -> int:
+        """How many messages may be on the way: what we want, or the broker allows."""
+        if self._careful:
+            return 1
+        return min(MAX_IN_FLIGHT, getattr(self._connection, "receive_maximum", MAX_IN_FLIGHT))
+
     def _next_late(self) -> list[Row]:
-        """The next of the backlog: one event, or up to 30 windows of one boot and one schema."""
-        rows = self.outbox.read(kinds=("ev", "w"), after=self._late_after, limit=BATCH_WINDOWS)
-        rows = [row for row in rows if row.id <= self._mark]
-        if not rows or rows[0].kind != "w":
-            return rows[:1]
-        first = rows[0]
-        batch = []
+        """The next of the backlog: one message, or up to 30 windows of one boot and one schema; none while it must wait."""
+        self._live_run = 0
+        if len(self._in_flight) >= max(1, self._places - LIVE_RESERVE):
+            return []
+        for kinds in _BACKLOG:
+            rows = self.outbox.read(kinds=kinds, after=self._late_after.get(kinds, 0), limit=self._batch_windows)
+            rows = rows if kinds == ("x",) else [row for row in rows if row.id <= self._mark]
+            if not rows:
+                continue
+            if (wait_s := self._pace.wait_s(time.monotonic())) > 0:
+                self._resume_in(wait_s)
+                return []
+            return self._same(rows) if kinds == ("w",) else rows[:1]
+        return []
+
+    def _same(self, rows: Sequence[Row]) -> list[Row]:
+        """The windows at the beginning that fit into one message."""
+        first, size = rows[0], 0
+        batch: list[Row] = []
         for row in rows:
-            if (row.kind, row.boot, row.schema) != (first.kind, first.boot, first.schema):
+            size += len(row.payload)
+            if (row.boot, row.schema) != (first.boot, first.schema) or (batch and size > self._most_bytes):
                 break
             batch.append(row)
         return batch
+
+    @property
+    def _most_bytes(self) -> int:
+        """The largest payload: what the broker takes, and the server."""
+        limit = getattr(self._connection, "max_packet_bytes", 0) or MAX_BYTES
+        return max(1, min(limit, MAX_BYTES) - PACKET_MARGIN_BYTES)
+
+    def _resume_in(self, seconds: float) -> None:
+        def resume() -> None:
+            self._resume = None
+            self.pump()
+
+        if self._resume is None:
+            self._resume = asyncio.get_running_loop().call_later(seconds, resume)
+
+    def _send_late(self, rows: Sequence[Row]) -> bool:
+        for kinds in _BACKLOG:
+            if rows[0].kind in kinds:
+                self._late_after[kinds] = rows[-1].id
+        self._pace.take(time.monotonic())
+        return self._send(rows, is_late=True)
 
     def _send(self, rows: Sequence[Row], *, is_late: bool) -> bool:
         first, config = rows[0], self.journal.config
@@ -159,6 +249,9 @@ class Courier:
         if first.kind == "w":
             windows = tuple(msgspec.msgpack.decode(row.payload, type=Window) for row in rows)
             payload = encode(WindowBatch(boot=first.boot, windows=windows, is_late=is_late, schema=first.schema))
+        if len(payload) > self._most_bytes + PACKET_MARGIN_BYTES // 2:
+            self._bury(rows, f"{len(payload)} bytes are more than the broker takes", most=0)
+            return True
         assert self._connection is not None
         is_retained = first.kind in {"birth", "rep"}
         where = topic(config.site, config.device, _VERBS[first.kind])
@@ -168,29 +261,63 @@ class Courier:
             return False
         self.sent_messages += 1
         self.sent_bytes += len(payload) + len(where)
-        self._in_flight[mid] = tuple(row.id for row in rows)
+        ids = tuple(row.id for row in rows)
+        self._in_flight[mid] = ids
+        self.outbox.held.update(ids)
         return True
 
     def _puback(self, mid: int, code: int, reason: str) -> None:
         ids = self._in_flight.pop(mid, None)
         if ids is None:
             return
+        self.outbox.held.difference_update(ids)
         self._preface_ids.difference_update(ids)
-        if code < FAILURE_CODE:
-            try:
+        try:
+            if code < FAILURE_CODE:
                 self.outbox.confirm(ids)
-            except sqlite3.Error as error:
-                self._postpone(f"the spool: {error}")
-        else:
-            self._postpone(reason)
+                self._refusals = 0
+                self._careful = max(0, self._careful - 1)
+            else:
+                self._refused(ids, code, reason)
+        except sqlite3.Error as error:
+            self._postpone(f"the spool: {error}")
         self.pump()
 
+    def _refused(self, ids: Sequence[int], code: int, reason: str) -> None:
+        """The broker does not want these: later again, in smaller parts where that may help, at last no more."""
+        if code == TOO_LARGE and len(ids) > 1:
+            self._batch_windows = max(1, len(ids) // 2)
+        else:
+            self._bury_ids(ids, reason, most=MAX_REFUSALS)
+        self._postpone(reason)
+
+    def _bury(self, rows: Sequence[Row], reason: str, *, most: int) -> None:
+        self._preface_ids.difference_update(row.id for row in rows)
+        self._bury_ids([row.id for row in rows], reason, most=most)
+
+    def _bury_ids(self, ids: Sequence[int], reason: str, *, most: int) -> None:
+        """Count a refusal; what was refused too often is set aside, and each kind of it told once a connection."""
+        buried = self.outbox.refuse(ids, most=most)
+        for kind in dict.fromkeys(row.kind for row in buried):
+            if (kind, reason) in self._told:
+                continue
+            self._told.add((kind, reason))
+            count = sum(row.kind == kind for row in buried)
+            self.journal.event(
+                "message_refused",
+                f"the broker refuses what goes to {_VERBS[kind]!r}: {reason}",
+                code="broker.refused",
+                fields={"verb": _VERBS[kind], "count": count, "reason": reason},
+            )
+
     def _postpone(self, reason: str) -> None:
-        """What was refused, or could not be forgotten, is sent again after a while."""
+        """What was refused, or could not be forgotten, is sent again after a while, that grows as long as nothing goes."""
         self.last_refusal = reason
-        logger.warning("event=publish_refused reason=%r", reason)
         if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(REFUSED_RETRY_S, self._try_again)
+            wait_s = min(MAX_RETRY_S, REFUSED_RETRY_S * 2 ** min(self._refusals, 16))
+            self._refusals += 1
+            logger.warning("event=publish_refused reason=%r retry_s=%.1f", reason, wait_s)
+            self._retry = asyncio.get_running_loop().call_later(wait_s, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None

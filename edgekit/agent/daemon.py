@@ -16,13 +16,15 @@ import functools
 import logging
 import os
 import platform
+import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -31,28 +33,39 @@ from edgekit.agent.background import in_background
 from edgekit.agent.child import SelfTestFailed, WorkerProcess
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.courier import Courier
+from edgekit.agent.desired import DesiredDesk
 from edgekit.agent.facts import ask_facts
-from edgekit.agent.health import MAX_DELAY_S, CrashLedger
-from edgekit.agent.inbox import Inbox
+from edgekit.agent.hangs import HangWatch
+from edgekit.agent.health import MAX_DELAY_S
+from edgekit.agent.hosting import Hosting, ProvenWorker
 from edgekit.agent.journal import Journal, now_ms
-from edgekit.agent.link import Model
-from edgekit.agent.logs import start_logging
+from edgekit.agent.link import Figures, Labelled, Model, Sampled, TakeSample
+from edgekit.agent.listeners import bind_unix
+from edgekit.agent.logs import keep_log, start_logging
+from edgekit.agent.merging import merge_payloads
+from edgekit.agent.mqtt_inference import InferenceDesk
+from edgekit.agent.notify import Notifier, answers
+from edgekit.agent.operation import Operation, OperationStore
 from edgekit.agent.outbox import Outbox
-from edgekit.agent.plan import DeviceFacts, active_slot, other_slot, refuse
+from edgekit.agent.plan import DeviceFacts, active_slot
+from edgekit.agent.samples import SampleDesk
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.source import read_root
 from edgekit.agent.state_store import DirLock, StateStore, prepare_dir
-from edgekit.agent.steps import Installer
-from edgekit.agent.updater import Updater
-from edgekit.agent.validity import find_ban
+from edgekit.agent.units import Unit, unit_configs
+from edgekit.agent.violations import ViolationWatch
 from edgekit.agent.vitals import MEGA, CpuMeter, rss_bytes
 from edgekit.agent.windows import Surroundings, measure_window
 from edgekit.agent.workers import Workers
 from edgekit.durable import PRIVATE_FILE, write_durably
-from edgekit.errors import EdgekitError, EnvironmentFault, TrustError
+from edgekit.errors import EdgekitError, EnvironmentFault
 from edgekit.schema.base import encode_json
-from edgekit.schema.message import EventKind
-from edgekit.schema.state import AgentState, AgentStatus, Refusal, Slot
+from edgekit.schema.state import AgentState, AgentStatus
+from edgekit.telemetry.topics import topic
+
+if TYPE_CHECKING:
+    from edgekit.agent.commands import Commander
+    from edgekit.agent.mqtt import Incoming
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +73,12 @@ RUN_FILE = "agent.json"
 BACKLOG = 128
 BIND_SECONDS = 3.0
 BIND_STEP_S = 0.1
-IDLE_WHILE_WAITING_S = 1.0
 GUARD_SECONDS = 5.0
-REQUEST_SECONDS = 1.0
+PROBATION_SECONDS = 0.25
+PROBATION_LOOK_S = 2.0
+"""While there is none."""
+MIN_SCRUB_WAIT_S = 60.0
+FIRST_SCRUB_S = 3600.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -106,25 +122,6 @@ def _fallback_facts() -> DeviceFacts:
 
 
 @dataclass
-class ProvenWorker:
-    """A worker whose model passed its self-test: it serves, or it is given up; nothing is left behind."""
-
-    worker: WorkerProcess
-    workers: Workers
-    on_serve: Callable[[], None]
-
-    def serve(self) -> None:
-        """Let it serve, instead of the one that does."""
-        self.on_serve()
-        self.workers.switch(self.worker)
-
-    def discard(self) -> None:
-        """End it, unless it serves."""
-        if self.worker is not self.workers.current and self.worker.is_running:
-            self.workers.retire(self.worker)
-
-
-@dataclass
 class Daemon:
     """One running agent."""
 
@@ -134,15 +131,14 @@ class Daemon:
     slots: SlotStore
     outbox: Outbox
     root: bytes
+    local: socket.socket | None = None
+    """The Unix socket, where one is configured."""
     started: float = field(default_factory=time.monotonic)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    _ledger: CrashLedger = field(default_factory=CrashLedger)
+    violations: ViolationWatch = field(default_factory=ViolationWatch)
     _facts: DeviceFacts | None = None
-    _runtime: tuple[str, str] = ("", "")
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _told: set[tuple[str | None, str]] = field(default_factory=set)
-    _absence: str = ""
 
     def __post_init__(self) -> None:
         host, port = self.listener.getsockname()[:2]
@@ -150,8 +146,53 @@ class Daemon:
         self.journal = Journal(self.outbox, self.config, __version__, url=self.url)
         self.courier = Courier(self.outbox, self.journal, self._announce)
         self.journal.on_stored = self.courier.pump
-        self.workers = Workers(self.listener, self.config, self._make_status, self._on_crash)
-        self.updater = Updater(self.config, self.store, self.slots, self.journal, self.root, self, self.ask_facts, self.report)
+        self.workers = Workers(tuple(filter(None, (self.listener, self.local))), self.config, self._make_status, self._on_crash)
+        self.workers.on_fact = self._on_fact
+        self.samples = SampleDesk(
+            config=self.config.samples,
+            folder=self.config.state_path,
+            ask=self._ask_sample,
+            models=lambda: [unit.served.name for unit in self.units if unit.served is not None],
+            store=self.journal.sample,
+        )
+        first, *further = unit_configs(self.config)
+        self.units = (
+            Unit(first, self.store, self.slots, self.journal, self, self.root),
+            *(Unit.open(config, self.journal, self, self.root) for config in further),
+        )
+        self.updater = self.units[0].updater
+        for unit in self.units:
+            unit.updater.busy = self.updater.busy
+            unit.updater.halt = self.updater.halt
+        self.hosting = Hosting(
+            self.config, self.units, self.workers, self.journal, lambda: self.known_facts, self._spawn, self._settle_later
+        )
+        self.hangs = HangWatch(limit_s=self.config.request_timeout_s)
+        self.inference: InferenceDesk | None = None
+        self.instance = secrets.token_hex(8)
+        self.notifier = Notifier.from_environment()
+        self.operation = Operation(
+            self.config, self.units, self.journal, OperationStore(self.config.state_path), lambda: self._settle_later(0.0)
+        )
+        self.operation.apply_pause()
+        self.commander = self._open_commander() if self.config.commands else None
+        self.desk = DesiredDesk.open(self.config, self.store, self.journal) if self.config.fleet_keys else None
+        if self.desk is not None:
+            self.desk.on_change = self._on_desired
+            for unit in self.units:
+                unit.updater.chooser = self.desk
+
+    def _open_commander(self) -> Commander:
+        from edgekit.agent.commands import Commander  # noqa: PLC0415 - for devices that obey any
+
+        return Commander.open(
+            self.config,
+            self.operation,
+            self.journal,
+            sender=self.courier,
+            make_status=self._make_status,
+            spawn=self._spawn,
+        )
 
     # --- facts, status, reports
 
@@ -161,15 +202,28 @@ class Daemon:
             self._facts = await in_background(ask_facts, name="facts")
         return self._facts
 
+    @property
+    def known_facts(self) -> DeviceFacts:
+        """What is known of this device by now."""
+        return self._facts or _fallback_facts()
+
+    async def prove(self, unit: Unit, model: Model) -> ProvenWorker:
+        """Let a model prove itself."""
+        return await self.hosting.prove(unit, model)
+
     def _announce(self) -> None:
-        runtime, version = self._runtime
-        self.journal.birth(self._facts or _fallback_facts(), runtime=runtime, runtime_version=version)
+        runtime, version = self.hosting.runtime
+        self.journal.birth(self.known_facts, runtime=runtime, runtime_version=version)
         self.report()
 
     def report(self) -> None:
-        """Tell the fleet the whole state."""
-        updater = self.updater
-        self.journal.reported(self.store.state, last_error=updater.last_error, last_error_code=updater.last_error_code)
+        """Tell the fleet the whole state: the slots of every model, those of further ones as ``NAME/a``."""
+        updater = next((unit.updater for unit in self.units if unit.updater.last_error_code), self.updater)
+        self.journal.reported(
+            combine_states([unit.store.state for unit in self.units]),
+            last_error=updater.last_error,
+            last_error_code=updater.last_error_code,
+        )
 
     def _make_status(self) -> bytes:
         requests, errors = self.workers.totals
@@ -189,218 +243,128 @@ class Daemon:
                 requests=requests,
                 errors=errors,
                 rss_mb=round(sum(rss_bytes(pid) for pid in (os.getpid(), *self.workers.pids)) / MEGA, 2),
+                models=tuple(unit.status() for unit in self.units),
+                instance=self.instance,
+                paused_until=self.operation.paused_until,
             )
         )
 
     # --- serving
 
-    async def prove(self, model: Model) -> ProvenWorker:
-        """Start a worker on a new model and let it prove itself."""
-        return await self._prove(model, on_serve=self._ledger.forget)
-
-    async def _prove(self, model: Model, *, on_serve: Callable[[], None] = lambda: None) -> ProvenWorker:
-        worker = await self.workers.start(model)
-        ready = await worker.wait_ready(self.config.selftest_timeout_s)
-        logger.info(
-            "event=self_test_passed model=%s worst_error=%g golden_ms=%.3f", worker.name, ready.worst_error, ready.golden_ms
-        )
-
-        def started() -> None:
-            self._absence = ""
-            self._runtime = (ready.runtime, ready.runtime_version)
-            on_serve()
-
-        return ProvenWorker(worker, self.workers, started)
-
-    async def _serve_active(self) -> None:
-        """Serve the active slot, or the other good one, or nothing but health."""
-        while (slot := active_slot(self.store.state)) is not None:
-            try:
-                proven = await self._prove(await in_background(functools.partial(self._model_of, slot), name="hash"))
-            except SelfTestFailed as failed:
-                if self._is_worth_another_try(failed) or not self._fall_back(slot, failed.error):
-                    self._ledger.note(time.monotonic())
-                    await self._serve_nothing()
-                    self._spawn(self._serve_later(max(1.0, self._ledger.delay_s)))
-                    return
-            except EdgekitError as error:
-                if not self._fall_back(slot, error):
-                    break
-            else:
-                if active_slot(self.store.state) == slot:
-                    proven.serve()
-                    return
-                proven.discard()
-        await self._serve_nothing()
-
-    def _is_worth_another_try(self, failed: SelfTestFailed) -> bool:
-        """Whether a model failed for a reason that says nothing about it, such as a lack of memory, and not too often."""
-        return not failed.is_final and failed.error.code != "slot.damaged" and not self._ledger.is_looping
-
-    def _model_of(self, slot: Slot) -> Model:
-        return Installer(self.config, self.store, self.slots, self._facts or _fallback_facts()).model_of(slot)
-
-    async def _serve_nothing(self) -> None:
-        if self._is_served_rightly():
-            return
-        worker = await self.workers.start(None, absence=self._absence)
-        await worker.wait_ready(self.config.selftest_timeout_s)
-        if self._is_served_rightly():
-            self.workers.retire(worker)
-        else:
-            self.workers.switch(worker)
-
-    def _is_served_rightly(self) -> bool:
-        """Whether a worker answers, and not with a model that may not serve."""
-        worker = self.workers.current
-        if worker is None or not worker.is_running:
-            return False
-        return worker.start.model is None or active_slot(self.store.state) is not None
-
-    # --- recalls, and releases that are valid for a time
-
-    def _apply_ban(self) -> bool:
-        """Take a model that may not serve any longer out of service, as its release or its recall says.
-
-        Returns:
-            Whether something else must serve now.
-        """
-        state, now = self.store.state, datetime.now(UTC)
-        slot = active_slot(state)
-        ban = find_ban(state, slot, now) if slot is not None else None
-        if slot is None or ban is None:
-            return False
-        kind: EventKind = "release_recalled" if ban.kind == "recalled" else "release_expired"
-        if ban.fallback == "report":
-            if (slot.manifest, ban.kind) not in self._told:
-                self._told.add((slot.manifest, ban.kind))
-                self.journal.event(kind, f"{ban.reason}; it goes on serving", code=ban.code, release=slot)
-            return False
-        other = other_slot(state)
-        has_other = ban.fallback == "previous" and other.status == "good" and find_ban(state, other, now) is None
-        error = TrustError(ban.code, ban.reason)
-
-        def change(before: AgentState) -> AgentState:
-            slots = {slot.name: msgspec.structs.replace(slot, status="bad")}
-            if has_other:
-                slots[other.name] = msgspec.structs.replace(other, status="active")
-            return msgspec.structs.replace(
-                before,
-                slots=tuple(slots.get(each.name, each) for each in before.slots),
-                active=other.name if has_other else None,
-                refusals=refuse(before, _refusal(slot, error)),
-            )
-
-        self.store.transform(change)
-        self._absence = "" if has_other else ban.reason
-        self.updater.last_error_code, self.updater.last_error = ban.code, ban.reason
-        where = f"back to {other.model}@{other.version}" if has_other else "nothing serves"
-        self.journal.event(kind, f"{ban.reason}; {where}", code=ban.code, release=slot)
-        self.report()
-        return True
-
-    async def _guard(self) -> None:
-        while True:
-            try:
-                if self._apply_ban() and not await self._is_served():
-                    self._spawn(self._serve_later(1.0))
-            except Exception:
-                logger.exception("event=guard_failed")
-            await asyncio.sleep(GUARD_SECONDS)
-
-    # --- installing from a stick
-
-    async def _follow_requests(self) -> None:
-        """What ``edgekit agent install`` asks for; only who may write into the state folder can ask."""
-        inbox = Inbox(self.config.state_path)
-        while True:
-            try:
-                request = inbox.take()
-                if request is not None:
-                    inbox.answer(await self.updater.install_stick(request))
-            except Exception:
-                logger.exception("event=request_failed")
-            await asyncio.sleep(REQUEST_SECONDS)
-
-    async def _serve_later(self, delay_s: float) -> None:
-        """Serve again after a while; what this machine cannot give now (a process, disk space) is tried for again."""
-        while True:
-            await asyncio.sleep(delay_s)
-            if await self._is_served():
-                return
-            delay_s = MAX_DELAY_S
-
-    async def _is_served(self) -> bool:
+    def _on_crash(self, worker: WorkerProcess) -> None:
         try:
-            await self._serve_active()
-        except (SelfTestFailed, OSError) as error:
+            self.hosting.note_crash(worker)
+        except OSError as full:
+            logger.error("event=state_not_saved error=%r", str(full))  # noqa: TRY400 - it says all
+            self._spawn(self._settle_later(1.0))
+
+    async def _settle_later(self, delay_s: float) -> None:
+        """Serve what is wanted after a while; what this machine cannot give now (a process, disk space) is tried for again."""
+        while not self._stop.is_set():
+            await asyncio.sleep(delay_s)
+            if not await self._settle():
+                delay_s = MAX_DELAY_S
+                continue
+            waits = [unit.not_before - time.monotonic() for unit in self.units]
+            if max(waits) <= 0:
+                return
+            delay_s = max(waits)
+
+    async def _settle(self) -> bool:
+        """Serve what is wanted now; whether that was possible."""
+        try:
+            await self.hosting.settle()
+        except (SelfTestFailed, EdgekitError, OSError) as error:
             logger.error("event=serving_failed error=%r", str(error))  # noqa: TRY400 - it says all
             return False
         return True
 
-    def _fall_back(self, bad: Slot, error: EdgekitError) -> bool:
-        """Give a slot up for the other good one.
-
-        A damaged slot is emptied even when there is no other: the release is fetched again.
-
-        Returns:
-            Whether there is something else to try.
-        """
-        is_damaged = error.code == "slot.damaged"
-        outcome: list[Slot | None] = []
-
-        def change(state: AgentState) -> AgentState:
-            other = other_slot(state)
-            outcome.clear()
-            if state.active != bad.name:
-                outcome.append(other)
-                return state
-            is_good = other.status == "good"
-            outcome.append(other if is_good else None)
-            if not is_good and not is_damaged:
-                return state
-            slots = {bad.name: Slot(name=bad.name) if is_damaged else msgspec.structs.replace(bad, status="bad")}
-            if is_good:
-                slots[other.name] = msgspec.structs.replace(other, status="active")
-            changed = msgspec.structs.replace(
-                state, slots=tuple(slots.get(s.name, s) for s in state.slots), active=other.name if is_good else None
-            )
-            return changed if is_damaged else msgspec.structs.replace(changed, refusals=refuse(state, _refusal(bad, error)))
-
-        self.store.transform(change)
-        target = outcome[0]
-        where = f"back to {target.model}@{target.version}" if target else "there is no other good slot"
-        self.updater.last_error_code, self.updater.last_error = error.code, error.message
-        if target or is_damaged:
-            self.journal.event("rolled_back", f"{error.message} {where}", code=error.code, release=bad)
-        else:
-            self.journal.event("worker_crashed", f"{error.message} {where}", code=error.code, release=bad)
-        self.report()
-        return target is not None
-
-    def _on_crash(self, worker: WorkerProcess) -> None:
-        self._ledger.note(time.monotonic())
-        slot = active_slot(self.store.state)
-        code = worker.process.returncode
-        ending = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-        self.journal.event("worker_crashed", f"{worker.name}: {ending}", code="worker.crashed", release=slot)
-        if slot is not None and self._ledger.is_looping and other_slot(self.store.state).status == "good":
-            error = EnvironmentFault("worker.crash_loop", f"{worker.name}: the worker died again and again, last by {ending}.")
+    async def _guard(self) -> None:
+        """Recalls and validities: what may not serve any longer ends in time, offline too."""
+        while True:
             try:
-                if self._fall_back(slot, error):
-                    self._ledger.forget()
-            except OSError as full:
-                logger.error("event=state_not_saved error=%r", str(full))  # noqa: TRY400 - it says all
-        self._spawn(self._restart(self._ledger.delay_s))
+                self._end_hanging()
+                changed = [unit.apply_ban(datetime.now(UTC)) for unit in self.units]
+                if any(changed) and not await self._settle():
+                    self._spawn(self._settle_later(1.0))
+            except Exception:
+                logger.exception("event=guard_failed")
+            await asyncio.sleep(GUARD_SECONDS)
 
-    async def _restart(self, delay_s: float) -> None:
-        """Serve again; while that has to wait, health is answered all the same."""
-        if self._stop.is_set():
+    def _end_hanging(self) -> None:
+        """A model that has been at one inference for longer than a request may take: its worker is ended, as by a crash."""
+        worker = self.workers.current
+        if worker is None:
             return
-        if delay_s >= IDLE_WHILE_WAITING_S:
-            with contextlib.suppress(SelfTestFailed, OSError):
-                await self._serve_nothing()
-        await self._serve_later(delay_s)
+        pages = {model.name: worker.page(model.name) for model in worker.start.models}
+        looked = [(worker.pid, name, page.is_busy, page.tally.inferences) for name, page in pages.items() if page is not None]
+        if hanging := self.hangs.look(looked, time.monotonic()):
+            limit = f"{self.config.request_timeout_s:g} s"
+            self.journal.event("model_hung", f"{hanging}: one inference took longer than {limit}", code="model.hung")
+            worker.abort()
+
+    async def _watch(self) -> None:
+        """Models on probation."""
+        while True:
+            is_any = any(unit.store.state.probation for unit in self.units)
+            await asyncio.sleep(PROBATION_SECONDS if is_any else PROBATION_LOOK_S)
+            for unit in self.units:
+                try:
+                    is_over = unit.watch(time.monotonic())
+                except Exception:
+                    logger.exception("event=watch_failed model=%s", unit.name)
+                    continue
+                if is_over:
+                    unit.wake.set()
+                    self._spawn(self._settle_later(0.0))
+
+    async def _scrub(self) -> None:
+        """Everything on the disk, now and then: bits fall over without a word."""
+        while True:
+            await asyncio.sleep(self._scrub_wait())
+            for unit in self.units:
+                try:
+                    if await unit.scrub():
+                        self._spawn(self._settle_later(0.0))
+                    unit.wake.set()
+                except Exception:
+                    logger.exception("event=scrub_failed model=%s", unit.name)
+
+    def _scrub_wait(self) -> float:
+        """Seconds until the next scrub: the pause counts over restarts, too."""
+        last = self.store.state.scrubbed_at
+        if last is None:
+            return min(FIRST_SCRUB_S, self.config.scrub_s)
+        passed = max(0.0, (datetime.now(UTC) - last).total_seconds())
+        return max(min(MIN_SCRUB_WAIT_S, self.config.scrub_s), self.config.scrub_s - passed)
+
+    # --- what systemd is told
+
+    def _describe(self) -> str:
+        """The agent in one line."""
+        served = ", ".join(unit.served.label for unit in self.units if unit.served) or "nothing"
+        until = self.operation.paused_until
+        return f"serves {served} at {self.url}" + (f"; updates wait until {until:%Y-%m-%d %H:%M} UTC" if until else "")
+
+    async def _is_alive(self) -> bool:
+        """Whether requests are answered: this loop turns, and so does the worker's."""
+        host, port = self.listener.getsockname()[:2]
+        return await answers(host, port)
+
+    # --- what the fleet desires
+
+    def _on_desired_message(self, incoming: Incoming) -> None:
+        if self.desk is not None:
+            self.desk.take(incoming.payload)
+
+    def _on_desired(self) -> None:
+        """Something else is desired: what is under way for something else gives way, and every unit looks again."""
+        assert self.desk is not None
+        for unit in self.units:
+            attempt = unit.store.state.attempt
+            if attempt is not None and not self.desk.wants(unit.config.model, attempt.manifest):
+                unit.updater.superseded.set()
+            unit.wake.set()
 
     # --- rounds
 
@@ -414,30 +378,37 @@ class Daemon:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("event=task_failed", exc_info=error)
 
-    async def _poll(self) -> None:
+    async def _poll(self, unit: Unit) -> None:
         while True:
+            unit.wake.clear()
             try:
-                wait_s = await self.updater.poll()
+                wait_s = await unit.updater.poll()
             except Exception:
-                logger.exception("event=poll_failed")
+                logger.exception("event=poll_failed model=%s", unit.name)
                 wait_s = self.config.poll_s
-            await asyncio.sleep(wait_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(unit.wake.wait(), wait_s)
 
     async def _window(self) -> None:
         cpu = CpuMeter()
-        start_ms, due = now_ms(), time.monotonic()
+        begun = due = time.monotonic()
         while True:
             due = max(due + self.config.window_s, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
-            end_ms = now_ms()
+            ended = time.monotonic()
+            duration_ms = round((ended - begun) * 1000)  # by the clock that never jumps
             try:
-                await self._close_window(cpu, start_ms, max(0, end_ms - start_ms))
+                await self._close_window(cpu, now_ms() - duration_ms, duration_ms)
+                self.journal.expire()
+                if self.journal.clock.refresh():
+                    self._announce()
             except Exception:
                 logger.exception("event=window_failed")
-            start_ms = end_ms
+            begun = ended
 
     async def _close_window(self, cpu: CpuMeter, start_ms: int, duration_ms: int) -> None:
         figures = await self.workers.collect()
+        self._judge_inputs(figures)
         if not self.config.broker:
             return
         around = Surroundings(
@@ -445,13 +416,64 @@ class Daemon:
             state_dir=self.config.state_path,
             outbox_messages=self.outbox.count,
             outbox_bytes=self.outbox.size_bytes,
-            worker_restarts=self._ledger.total,
+            worker_restarts=self.hosting.crashes,
             uptime_s=time.monotonic() - self.started,
         )
-        values, sketches = measure_window(figures, around, cpu)
+        measured = measure_window(figures, around, cpu)
         slot = active_slot(self.store.state)
         digest = slot.model_digest or "" if slot else ""
-        self.journal.window(start_ms=start_ms, duration_ms=duration_ms, values=values, sketches=sketches, model_digest=digest)
+        self.journal.window(start_ms=start_ms, duration_ms=duration_ms, measured=measured, model_digest=digest)
+
+    def _on_fact(self, fact: Labelled | Sampled) -> None:
+        """What a worker heard or gave, beside its figures."""
+        try:
+            if isinstance(fact, Sampled):
+                self.samples.receive(fact)
+            else:
+                self.journal.label(
+                    fact.prediction_id,
+                    fact.label,
+                    model_digest=fact.model_digest,
+                    predicted=fact.predicted,
+                    confidence=fact.confidence,
+                    is_counted=fact.is_counted,
+                )
+        except OSError as error:
+            logger.error("event=sample_not_stored error=%r", str(error))  # noqa: TRY400 - no quota, no sample
+
+    def _ask_sample(self, _model: str, wanted: TakeSample) -> None:
+        if self.workers.current is not None:
+            self.workers.current.take_sample(wanted)
+
+    def _judge_inputs(self, figures: Sequence[Figures]) -> None:
+        """An event for each model whose inputs broke its contract more often than they may."""
+        worker = self.workers.current
+        models = {model.variant.model: model for model in worker.start.models} if worker is not None else {}
+        for part in figures:
+            model = models.get(part.model_digest)
+            found = self.violations.judge(part, model.manifest.contract) if model is not None else None
+            if model is not None and found is not None:
+                fields: dict[str, str | int | float | bool] = {
+                    "input": found.name,
+                    "action": found.action,
+                    "share": found.share,
+                }
+                fields["model_digest"] = found.model_digest
+                self.journal.event("contract_violated", f"{model.label}: {found.text}", fields=fields)
+
+    def _listen_for_inference(self) -> None:
+        """Topics whose messages are run through a model."""
+        if not self.config.inference_topics:
+            return
+        host, port = self.listener.getsockname()[:2]
+        topics = [
+            each if each.model else msgspec.structs.replace(each, model=self.config.model)
+            for each in self.config.inference_topics
+        ]
+        self.inference = InferenceDesk(topics, (host, port), self.config.socket, self.courier.answer)
+        self.inference.start()
+        for each in topics:
+            self.courier.listen(each.subscribe, functools.partial(self.inference.hear, each))
 
     async def _beat(self) -> None:
         while True:
@@ -472,14 +494,22 @@ class Daemon:
         logger.info("event=agent_listening url=%s device=%s state_dir=%s", self.url, self.config.device, self.config.state_dir)
         self.journal.event("agent_started", f"edgekit {__version__} at {self.url}")
         with contextlib.suppress(OSError):  # a full disk: the guard tries again
-            self._apply_ban()
-        if not await self._is_served():
-            self._spawn(self._serve_later(1.0))
+            for unit in self.units:
+                unit.apply_ban(datetime.now(UTC))
+        if not await self._settle():
+            self._spawn(self._settle_later(1.0))
         await self._start_telemetry()
         self._spawn(self._guard())
-        self._spawn(self._follow_requests())
+        self._spawn(self._watch())
+        self._spawn(self.operation.follow_requests())
+        self._spawn(self.operation.follow_pause())
+        self.notifier.ready(self._describe())
+        self._spawn(self.notifier.watch(self._is_alive, self._describe))
+        if self.config.scrub_s:
+            self._spawn(self._scrub())
         if self.config.repository:
-            self._spawn(self._poll())
+            for unit in self.units:
+                self._spawn(self._poll(unit))
         await self._stop.wait()
         await self._shut_down()
         return 0
@@ -487,9 +517,12 @@ class Daemon:
     def _tidy_up(self) -> None:
         """What an interruption left, and where we are; a disk without a free byte keeps nobody from serving."""
         try:
-            self.updater.recover()
+            for unit in self.units:
+                unit.recover()
             write_durably(
-                self.config.state_path / RUN_FILE, msgspec.json.encode({"pid": os.getpid(), "url": self.url}), mode=PRIVATE_FILE
+                self.config.state_path / RUN_FILE,
+                msgspec.json.encode({"pid": os.getpid(), "url": self.url, "instance": self.instance}),
+                mode=PRIVATE_FILE,
             )
         except OSError as error:
             logger.error("event=state_not_saved error=%r", str(error))  # noqa: TRY400 - it says all
@@ -501,33 +534,50 @@ class Daemon:
             logger.error("event=probe_failed error=%r", error.message)  # noqa: TRY400 - expected, handled
         self._announce()
         if self.config.broker:
+            if self.desk is not None:
+                self.courier.listen(topic(self.config.site, self.config.device, "des"), self._on_desired_message)
+            if self.commander is not None:
+                self.commander.recover()
+                self.courier.listen(self.commander.topic, self.commander.hear)
+            self._listen_for_inference()
             self.courier.start()
             self._spawn(self._beat())
         self._spawn(self._window())
+        if self.config.broker and self.config.samples.per_day:
+            self._spawn(self.samples.run())
 
     async def _shut_down(self) -> None:
         logger.info("event=agent_stopping")
+        self.notifier.stopping()
         self.updater.halt.set()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for unit in self.units:
+            unit.pause(time.monotonic())
         await self.workers.stop()
+        for unit in self.units:
+            with contextlib.suppress(OSError):
+                unit.updater.rest()
         self.journal.event("agent_stopped")
+        if self.inference is not None:
+            self.inference.stop()
         await self.courier.stop()
         (self.config.state_path / RUN_FILE).unlink(missing_ok=True)
 
 
-def _refusal(slot: Slot, error: EdgekitError) -> Refusal:
-    assert slot.manifest is not None
-    return Refusal(
-        model=slot.model,
-        version=slot.version,
-        counter=slot.counter,
-        manifest=slot.manifest,
-        code=error.code,
-        reason=error.message,
-        at=datetime.now(UTC),
-    )
+def combine_states(states: Sequence[AgentState]) -> AgentState:
+    """The first model's state with every model's slots and refusals, as the fleet is told."""
+    first = states[0]
+    if len(states) == 1:
+        return first
+    slots = [slot for state in states[:1] for slot in state.slots]
+    for state in states[1:]:
+        name = next((slot.model for slot in state.slots if slot.model), "")
+        slots += [msgspec.structs.replace(slot, name=f"{name}/{slot.name}") for slot in state.slots if slot.model]
+    refusals = tuple(refusal for state in states for refusal in state.refusals)
+    phase = next((state.phase for state in states if state.phase != "idle"), first.phase)
+    return msgspec.structs.replace(first, slots=tuple(slots), refusals=refusals, phase=phase)
 
 
 def run_agent(config: AgentConfig) -> int:
@@ -542,18 +592,23 @@ def run_agent(config: AgentConfig) -> int:
     prepare_dir(config.state_path)
     lock = DirLock(config.state_path)
     lock.acquire()
+    keep_log(config.state_path, config.log_bytes)
     try:
         listener = bind(config.host, config.port)
+        local = bind_unix(Path(config.socket), mode=config.socket_mode) if config.socket else None
         store = StateStore.open(config.state_path, device=config.device)
-        outbox = Outbox(config.state_path / "outbox.db", max_bytes=config.outbox_bytes)
+        outbox = Outbox(config.state_path / "outbox.db", max_bytes=config.outbox_bytes, merge=merge_payloads)
 
         async def live() -> int:
-            return await Daemon(config, listener, store, SlotStore(config.state_path), outbox, root).run()
+            return await Daemon(config, listener, store, SlotStore(config.state_path), outbox, root, local=local).run()
 
         try:
             return asyncio.run(live())
         finally:
             outbox.close()
             listener.close()
+            if local is not None:
+                Path(config.socket).unlink(missing_ok=True)
+                local.close()
     finally:
         lock.release()

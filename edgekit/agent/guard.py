@@ -1,7 +1,8 @@
-"""The input contract at serving time: what is refused, and what is only counted.
+"""The input contract at serving time, and the confidence of what comes out.
 
-Names, types, shapes and NaN are refused (:func:`edgekit.dataset.contract.check_feeds`). A value outside the range that the
-calibration data had is legal input: it is counted and reported, since it is the first sign of drift.
+What is refused, clipped, filled in or passed and counted is :class:`edgekit.dataset.guarding.Guard`'s to say, from the contract
+in the bundle. A value outside the range that the calibration data had is legal input unless the contract says otherwise: it is
+counted and reported, since it is the first sign of drift (:mod:`edgekit.agent.violations` makes an event of many).
 """
 
 from __future__ import annotations
@@ -12,23 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.dataset.contract import check_feeds
+from edgekit.dataset.guarding import Guard, GuardedFeeds, RefusedError, Verdict
 from edgekit.schema.contract import Contract
+
+__all__ = ["GuardedFeeds", "InputGuard", "RefusedError", "Verdict"]
 
 Array = NDArray[Any]
 PROBABILITY_TOLERANCE = 1e-3
 
 
-class InputGuard:
-    """Checks feeds against a contract, and reads confidence off a classifier's outputs."""
+class InputGuard(Guard):
+    """Judges feeds by a contract, and reads confidence off a classifier's outputs."""
 
     def __init__(self, contract: Contract) -> None:
-        self._contract = contract
-        self._ranges = {
-            spec.name: (spec.minimum, spec.maximum)
-            for spec in contract.inputs
-            if spec.minimum is not None and spec.maximum is not None
-        }
+        super().__init__(contract)
         is_classifier = contract.task == "classification" and contract.outputs
         self._scores = contract.outputs[0].name if is_classifier else None
 
@@ -38,21 +36,12 @@ class InputGuard:
         Raises:
             DataError: naming the input and what was expected.
         """
-        check_feeds(self._contract, feeds)
+        self.apply(feeds)
 
     def count_out_of_range(self, feeds: Mapping[str, Array]) -> tuple[int, int]:
-        """Samples in the feeds (axis 0 is the batch), and how many have a value outside the calibrated range."""
-        samples, worst = 0, 0
-        for name, array in feeds.items():
-            samples = max(samples, array.shape[0] if array.ndim else 1)
-            if name not in self._ranges or not array.size:
-                continue
-            low, high = self._ranges[name]
-            if array.min() >= low and array.max() <= high:
-                continue
-            flat = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
-            worst = max(worst, int(np.count_nonzero(((flat < low) | (flat > high)).any(axis=1))))
-        return samples, worst
+        """Samples in the feeds (axis 0 is the batch), and how many have a value outside the declared range."""
+        guarded = self.apply(feeds)
+        return guarded.samples, guarded.out_of_range
 
     def confidence(self, outputs: Mapping[str, Array]) -> tuple[float, int]:
         """Sum and count of the highest class probability; logits go through a softmax. (0, 0) where there are no classes."""

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_PIPELINED = 16
+MAX_CONNECTIONS = 512
+"""Of one server; each one more is told so and closed."""
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 0.5
 ACCEPTS_PER_TURN = 64
@@ -83,6 +85,7 @@ class Limits:
     max_body_bytes: int = 16 << 20
     request_seconds: float = 30.0
     drain_seconds: float = 5.0
+    max_connections: int = MAX_CONNECTIONS
 
 
 class _Refusal(Exception):  # noqa: N818 - control flow inside the parser's callbacks
@@ -120,7 +123,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        self._server.connections.add(self)
+        self._server.remember(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._is_closing = True
@@ -301,8 +304,10 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     connections: set[_Connection] = field(default_factory=set)
     is_draining: bool = False
-    _listener: socket.socket | None = None
+    refused_connections: int = 0
+    _listeners: list[socket.socket] = field(default_factory=list)
     _drained: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_some: asyncio.Event = field(default_factory=asyncio.Event)
     _sweeper: asyncio.Task[None] | None = None
     _accepting: set[asyncio.Task[object]] = field(default_factory=set)
 
@@ -315,37 +320,49 @@ class Server:
             return error_answer(500, "internal error; the agent's log has the trace", code="agent.bug")
 
     def start(self, listener: socket.socket) -> None:
-        """Begin to accept."""
+        """Begin to accept; may be called for several listeners."""
         listener.setblocking(False)  # noqa: FBT003 - the socket's own signature
-        self._listener = listener
+        self._listeners.append(listener)
         loop = asyncio.get_running_loop()
-        loop.add_reader(listener.fileno(), self._accept)
-        self._sweeper = loop.create_task(self._sweep())
+        loop.add_reader(listener.fileno(), self._accept, listener)
+        self._sweeper = self._sweeper or loop.create_task(self._sweep())
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTS_PER_TURN):
-            if self._listener is None:
+            if listener not in self._listeners:
                 return
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
                 logger.error("event=accept_failed error=%s", error)  # noqa: TRY400 - out of descriptors: the trace says nothing
-                loop.remove_reader(self._listener.fileno())  # else it would fail again at once, for ever
-                loop.call_later(ACCEPT_RETRY_S, self._accept_again)
+                loop.remove_reader(listener.fileno())  # else it would fail again at once, for ever
+                loop.call_later(ACCEPT_RETRY_S, self._accept_again, listener)
                 return
             client.setblocking(False)  # noqa: FBT003 - the same
+            if len(self.connections) + len(self._accepting) >= self.limits.max_connections:
+                self._turn_away(client)
+                continue
             with contextlib.suppress(OSError):
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = loop.create_task(loop.connect_accepted_socket(lambda: _Connection(self), client))
             self._accepting.add(task)
             task.add_done_callback(self._accepted)
 
-    def _accept_again(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept)
+    def _turn_away(self, client: socket.socket) -> None:
+        """Say that there are too many connections, as far as the socket's buffer takes it, and close."""
+        self.refused_connections += 1
+        message = f"{self.limits.max_connections} connections are open already"
+        answer = error_answer(503, message, code="http.too_many_connections", headers=(("retry-after", "1"),))
+        with contextlib.suppress(OSError):
+            client.send(format_answer(answer, is_closing=True))
+        client.close()
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     def _accepted(self, task: asyncio.Task[object]) -> None:
         self._accepting.discard(task)
@@ -355,10 +372,18 @@ class Server:
 
     async def _sweep(self) -> None:
         while True:
+            if not self.connections:
+                self._has_some.clear()
+                await self._has_some.wait()  # an idle server costs nothing
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
             for connection in tuple(self.connections):
                 connection.sweep(now)
+
+    def remember(self, connection: _Connection) -> None:
+        """A connection began."""
+        self.connections.add(connection)
+        self._has_some.set()
 
     def forget(self, connection: _Connection) -> None:
         """A connection ended."""
@@ -371,10 +396,10 @@ class Server:
 
     def stop_accepting(self) -> None:
         """Take no more connections; those in the backlog stay for whoever else accepts on the socket."""
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+            listener.close()
+        self._listeners.clear()
 
     async def drain(self, *, limit_seconds: float) -> bool:
         """Answer what is there and end every connection.

@@ -9,25 +9,26 @@ import logging
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from edgekit.agent.clock import Clock
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.outbox import Dropped, Kind, Outbox
 from edgekit.agent.plan import DeviceFacts
-from edgekit.agent.windows import METRICS, SKETCHES
+from edgekit.agent.windows import DIGEST_DIGITS, METRICS, SCHEMA, SKETCHES, Measured
 from edgekit.errors import EdgekitError
-from edgekit.schema.message import Birth, Event, EventKind, Message, Reported, SlotReport, Window
+from edgekit.schema.message import Birth, Event, EventKind, InputSample, Label, Message, Reported, SlotReport, Window
 from edgekit.schema.release import ReleaseInfo
 from edgekit.schema.state import AgentState, Slot
-from edgekit.telemetry.codec import encode, schema_crc
+from edgekit.telemetry.codec import encode
 
 logger = logging.getLogger(__name__)
 
 BOOT_BITS = 63
-DIGEST_DIGITS = 12
+MAX_RANGES_TEXT = 2000
 
 
 def now_ms() -> int:
@@ -61,7 +62,8 @@ class Journal:
     on_stored: Callable[[], None] = lambda: None
     _unstored: int = 0
     _unstored_first: int = 0
-    schema: int = field(default_factory=lambda: schema_crc(METRICS, SKETCHES))
+    schema: int = SCHEMA
+    clock: Clock = field(default_factory=Clock)
 
     def _store(self, kind: Kind, message: Message, payload: bytes) -> None:
         if not self.config.broker:
@@ -77,27 +79,39 @@ class Journal:
         for loss in dropped:
             self._tell_loss(loss)
         if self._unstored:
-            loss = Dropped(
-                boot=self.boot, kind=kind, count=self._unstored, first_seq=self._unstored_first, last_seq=self.seq - 1
-            )
+            ranges = (self._unstored_first, self.seq - 1)
+            loss = Dropped(boot=self.boot, kind=kind, count=self._unstored, ranges=ranges)
             self._unstored = self._unstored_first = 0
             self._tell_loss(loss)
         self.on_stored()
 
     def _next(self) -> int:
+        """The next number. A jump of the clock is told first, so that the server can correct what was stamped before it."""
+        if (step := self.clock.check()) is not None:
+            fields = {"delta_ms": step.delta_ms, "last_seq": self.seq, "is_correction": not step.was_set}
+            self.event("clock_stepped", f"the clock jumped by {step.delta_ms / 1000:.1f} s", fields=fields)
         self.seq += 1
         return self.seq
 
     def _tell_loss(self, loss: Dropped) -> None:
-        fields = {
+        why = "they outlived their time" if loss.reason == "expired" else "the spool is full"
+        fields: dict[str, str | int | float | bool] = {
             "count": loss.count,
             "boot": loss.boot,
             "first_seq": loss.first_seq,
             "last_seq": loss.last_seq,
             "kind": loss.kind,
+            "reason": loss.reason,
+            "ranges": describe_ranges(loss.ranges),
         }
-        logger.warning("event=messages_dropped count=%d kind=%s", loss.count, loss.kind)
-        self.event("messages_dropped", f"{loss.count} messages were dropped: the spool is full", fields=fields)
+        logger.warning("event=messages_dropped count=%d kind=%s reason=%s", loss.count, loss.kind, loss.reason)
+        self.event("messages_dropped", f"{loss.count} messages were dropped: {why}", fields=fields)
+
+    def expire(self) -> None:
+        """Give up what outlived its time, unless nobody knows the time."""
+        if self.clock.source != "unsynced":
+            for loss in self.outbox.expire(now_ms()):
+                self._tell_loss(loss)
 
     def birth(self, facts: DeviceFacts, *, runtime: str, runtime_version: str) -> None:
         """Who and what this device is."""
@@ -116,6 +130,7 @@ class Journal:
             cores=facts.cores,
             ram_mb=facts.ram_mb,
             os=facts.os,
+            clock=self.clock.source,
             labels=self.config.labels,
             url=self.url,
         )
@@ -164,14 +179,67 @@ class Journal:
         )
         self._store("rep", reported, encode(reported))
 
-    def window(self, *, start_ms: int, duration_ms: int, values: bytes, sketches: tuple[bytes, ...], model_digest: str) -> None:
+    def window(self, *, start_ms: int, duration_ms: int, measured: Measured, model_digest: str) -> None:
         """One window of figures."""
         window = Window(
             seq=self._next(),
             start_ms=start_ms,
             duration_ms=duration_ms,
-            values=values,
-            model_digest=model_digest.removeprefix("sha256:")[:DIGEST_DIGITS],
-            sketches=sketches if any(sketches) else (),
+            values=measured.values,
+            model_digest=short_digest(model_digest),
+            sketches=measured.sketches if any(measured.sketches) else (),
+            models=measured.models,
         )
         self._store("w", window, msgspec.msgpack.encode(window))
+
+    def label(
+        self,
+        prediction_id: str,
+        label: str,
+        *,
+        model_digest: str,
+        predicted: str = "",
+        confidence: float = 0.0,
+        is_counted: bool = False,
+    ) -> None:
+        """The true answer to a prediction."""
+        message = Label(
+            boot=self.boot,
+            seq=self._next(),
+            time_ms=now_ms(),
+            model_digest=short_digest(model_digest),
+            prediction_id=prediction_id,
+            label=label,
+            predicted=predicted,
+            confidence=confidence,
+            is_counted=is_counted,
+        )
+        self._store("lb", message, encode(message))
+
+    def sample(self, sample: InputSample) -> None:
+        """A live input, as it was redacted; boot, seq and time are given to it here."""
+        stamped = msgspec.structs.replace(sample, boot=self.boot, seq=self._next(), time_ms=now_ms())
+        self._store("x", stamped, encode(stamped))
+
+
+def short_digest(digest: str) -> str:
+    """A model's digest as messages carry it: the first 12 hex digits."""
+    return digest.removeprefix("sha256:")[:DIGEST_DIGITS]
+
+
+def describe_ranges(ranges: Sequence[int]) -> str:
+    """Sequence numbers for an event: ``3-7,9``; what is too long for one ends with one range over the rest.
+
+    >>> describe_ranges((3, 7, 9, 9))
+    '3-7,9'
+    """
+    parts: list[str] = []
+    length = 0
+    for at in range(0, len(ranges), 2):
+        first, last = ranges[at], ranges[at + 1]
+        if length > MAX_RANGES_TEXT:
+            parts.append(f"{first}-{ranges[-1]}")
+            break
+        parts.append(str(first) if first == last else f"{first}-{last}")
+        length += len(parts[-1]) + 1
+    return ",".join(parts)

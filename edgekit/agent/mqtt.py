@@ -40,6 +40,8 @@ MAX_IN_FLIGHT = 20
 LOOP_SECONDS = 1.0
 STABLE_SECONDS = 30.0
 FAILURE_CODE = 0x80
+_OUR_FAULT = frozenset({0x81, 0x82, 0x90, 0x93, 0x94, 0x95, 0x99})
+"""Reasons of a broker's goodbye that speak of what we sent: malformed, too many, too large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,12 @@ class Connection:
     will_topic: str
     will_payload: bytes
     handlers: Handlers
+    max_packet_bytes: int = 0
+    """What the broker takes, as it said; 0: it did not say."""
+    is_blamed: bool = False
+    """Whether the last connection ended because of what we sent, as far as one can know."""
+    receive_maximum: int = MAX_IN_FLIGHT
+    """How many messages without a PUBACK the broker bears."""
     _client: paho.Client | None = None
     _halt: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -120,8 +128,10 @@ class Connection:
             password = Path(config.broker_password_file).read_text().strip() if config.broker_password_file else None
             client.username_pw_set(config.broker_username, password)
 
-        def on_connect(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+        def on_connect(_client: Any, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
             if not reason.is_failure:
+                self.max_packet_bytes = int(getattr(properties, "MaximumPacketSize", 0) or 0)
+                self.receive_maximum = int(getattr(properties, "ReceiveMaximum", 0) or MAX_IN_FLIGHT)
                 loop.call_soon_threadsafe(handlers.on_connect)
             else:
                 logger.warning("event=broker_refused reason=%r", str(reason))
@@ -140,7 +150,11 @@ class Connection:
             )
             loop.call_soon_threadsafe(handlers.on_message, incoming)
 
+        def on_disconnect(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
+            self.is_blamed = self.is_blamed or int(getattr(reason, "value", 0)) in _OUR_FAULT
+
         client.on_connect = on_connect
+        client.on_disconnect = on_disconnect
         client.on_message = on_message
         client.on_publish = on_publish
         # With this set, publish() only queues and wakes the thread: two threads that write could mix up their bytes.
@@ -169,7 +183,7 @@ class Connection:
         broker = parse_broker(self.config)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = SESSION_EXPIRY_S
-        connected_at, has_lasted = 0.0, False
+        connected_at, has_lasted, self.is_blamed = 0.0, False, False
         try:
             client = self._client = self._make_client(loop, context)
             client.connect(broker.host, broker.port, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
@@ -179,6 +193,8 @@ class Connection:
                 if client.is_connected():
                     connected_at = connected_at or time.monotonic()
                     has_lasted = time.monotonic() - connected_at >= STABLE_SECONDS
+            # an answer that paho cannot read, such as a PUBACK with a reason that the protocol has not, ends here, too
+            self.is_blamed = self.is_blamed or code == MQTTErrorCode.MQTT_ERR_PROTOCOL
         except (OSError, ValueError) as error:
             return str(error) or type(error).__name__, has_lasted
         return paho.error_string(code), has_lasted

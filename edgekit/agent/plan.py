@@ -12,15 +12,23 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from edgekit.agent.validity import find_recall
 from edgekit.errors import ArtifactError, DeviceError
 from edgekit.schema.base import Record
+from edgekit.schema.contract import Contract
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
 from edgekit.schema.release import Release
-from edgekit.schema.state import AgentState, Phase, Refusal, Slot, SlotName
+from edgekit.schema.state import AgentState, Attempt, Outcome, Phase, Refusal, Slot, SlotName
 
 MAX_REFUSALS = 64
+MAX_OUTCOMES = 32
 MAX_ATTEMPTS = 3
+"""Deaths of the device in a release's self-test, after which the release is refused."""
+MAX_INTERRUPTIONS = 10
+NAMES = {"selftest": "self-test", "fetch": "download"}
+"""The same for steps that load no model, where the download did not go on either."""
 
 
 class DeviceFacts(Record, frozen=True, kw_only=True):
@@ -79,7 +87,7 @@ def choose_release(
         state: the agent's state.
         releases: what verified metadata lists.
         model: the model's name.
-        channel: the channel that the device follows.
+        channel: the channel that the device follows; empty takes releases of any.
         deferred: manifest digests whose installation failed a moment ago.
     """
     floor = state.floors.releases.get(model, 0)
@@ -88,7 +96,7 @@ def choose_release(
         release
         for release in releases
         if release.info.name == model
-        and release.info.channel == channel
+        and channel in {"", release.info.channel}
         and release.info.counter >= floor
         and release.manifest_digest not in deferred
         and not is_refused(state, release.manifest_digest)
@@ -109,7 +117,7 @@ def make_plan(
 ) -> Plan | None:
     """The steps that are still to do, or None when there is nothing to do. Arguments as :func:`choose_release`."""
     release = choose_release(state, releases, model=model, channel=channel, deferred=deferred)
-    if release is None:
+    if release is None or state.probation is not None:  # the other slot is what a model on probation goes back to
         return None
     active, target = active_slot(state), other_slot(state)
     if active and active.manifest == release.manifest_digest:
@@ -173,7 +181,7 @@ def choose_variant(manifest: Manifest, facts: DeviceFacts) -> Variant:
 
 
 def needed_blobs(manifest: Manifest, variant: Variant) -> tuple[BlobRef, ...]:
-    """The blobs that a device needs to serve a variant.
+    """The blobs that a device needs to serve a variant: the model, its golden samples, and the reference profile.
 
     Raises:
         ArtifactError: ``manifest.missing_blob`` when the manifest does not list one.
@@ -185,7 +193,8 @@ def needed_blobs(manifest: Manifest, variant: Variant) -> tuple[BlobRef, ...]:
                 "manifest.missing_blob",
                 f"{manifest.name}@{manifest.version}: variant {variant.name} names {digest}, which the manifest does not list.",
             )
-    return tuple(refs[digest] for digest in dict.fromkeys((variant.model, variant.golden)))
+    wanted = dict.fromkeys((variant.model, variant.golden, *(ref.digest for ref in manifest.blobs if ref.role == "baseline")))
+    return tuple(refs[digest] for digest in wanted)
 
 
 def check_manifest(manifest: Manifest, release: Release) -> None:
@@ -207,6 +216,71 @@ def refuse(state: AgentState, refusal: Refusal) -> tuple[Refusal, ...]:
     """The refusals with one more; one a manifest, the oldest give way."""
     kept = [old for old in state.refusals if old.manifest != refusal.manifest]
     return tuple([*kept, refusal][-MAX_REFUSALS:])
+
+
+def contract_changes(before: Contract, after: Contract) -> tuple[str, ...]:
+    """What a client of the model would notice: names, types, shapes and labels. Ranges and thresholds may change."""
+    changes: list[str] = []
+    for what, old, new in (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs)):
+        olds, news = {spec.name: spec for spec in old}, {spec.name: spec for spec in new}
+        changes += [f"{what} {name} is gone" for name in olds if name not in news]
+        changes += [f"{what} {name} is new" for name in news if name not in olds]
+        for name, left in olds.items():
+            right = news.get(name)
+            if right is None:
+                continue
+            if left.dtype != right.dtype:
+                changes.append(f"{what} {name} is {right.dtype}, was {left.dtype}")
+            if _axes(left.shape) != _axes(right.shape):
+                changes.append(f"{what} {name} has shape {list(right.shape)}, had {list(left.shape)}")
+    if before.labels != after.labels:
+        changes.append(
+            f"{len(after.labels)} labels, {len(before.labels)} before"
+            if len(before.labels) != len(after.labels)
+            else "the labels or their order changed"
+        )
+    if before.task != after.task:
+        changes.append(f"the task is {after.task}, was {before.task}")
+    return tuple(changes)
+
+
+def _axes(shape: tuple[int | str, ...]) -> tuple[int | None, ...]:
+    """A dynamic axis is dynamic by whatever name."""
+    return tuple(axis if isinstance(axis, int) else None for axis in shape)
+
+
+def next_attempt(before: Attempt | None, manifest: str, phase: str, size_bytes: int) -> Attempt:
+    """The record of an attempt that comes to a phase."""
+    if before is None or before.manifest != manifest:
+        return Attempt(manifest=manifest, phase=phase, size_bytes=size_bytes)
+    return msgspec.structs.replace(before, phase=phase)
+
+
+def interrupted(attempt: Attempt, size_bytes: int) -> tuple[Attempt | None, str]:
+    """What an attempt that found no end counts for: nothing where the download went on meanwhile.
+
+    Args:
+        attempt: as the interruption left it.
+        size_bytes: what is downloaded by now.
+
+    Returns:
+        The record to go on with, or None and why the release is given up.
+    """
+    if attempt.phase in {"fetch", "stage", "verify"}:
+        count = 0 if size_bytes > attempt.size_bytes else attempt.interruptions + 1
+        changed = msgspec.structs.replace(attempt, interruptions=count, size_bytes=max(size_bytes, attempt.size_bytes))
+        limit = MAX_INTERRUPTIONS
+    else:
+        count = attempt.deaths + 1
+        changed, limit = msgspec.structs.replace(attempt, deaths=count), MAX_ATTEMPTS
+    if count >= limit:
+        return None, f"the device died {count} times in its {NAMES.get(attempt.phase, attempt.phase)}"
+    return changed, ""
+
+
+def new_outcome(state: AgentState, outcome: Outcome) -> tuple[Outcome, ...]:
+    """The outcomes that wait for their report, with one more; the oldest give way."""
+    return (*state.outcomes, outcome)[-MAX_OUTCOMES:]
 
 
 def next_poll_s(poll_s: float, retries_at: Collection[float], *, now: float) -> float:

@@ -10,7 +10,7 @@ of every input that has ``parameters.binary_data_size``; outputs come the same w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +170,25 @@ def decode_request(body: bytes, header_length: int | None = None) -> InferReques
 
 
 def encode_answer(
-    request: InferRequest, outputs: Mapping[str, Array], *, model: str, version: str, model_digest: str
+    request: InferRequest,
+    outputs: Mapping[str, Array],
+    *,
+    model: str,
+    version: str,
+    model_digest: str,
+    prediction_id: str = "",
+    input_verdicts: Sequence[str] = (),
 ) -> tuple[bytes, int | None]:
     """Encode the outputs.
+
+    Args:
+        request: says which outputs, and in which form.
+        outputs: of the model, by name.
+        model: the model's name.
+        version: its version.
+        model_digest: of the file that answered.
+        prediction_id: what a label that comes later names.
+        input_verdicts: what the input contract changed, for people.
 
     Returns:
         The body, and the length of its JSON part when raw tensors follow.
@@ -196,7 +212,12 @@ def encode_answer(
     answer: dict[str, Any] = {"model_name": model, "model_version": version}
     if request.id:
         answer["id"] = request.id
-    body = _encoder.encode(answer | {"parameters": {"model_digest": model_digest}, "outputs": entries})
+    parameters: dict[str, Any] = {"model_digest": model_digest}
+    if prediction_id:
+        parameters["prediction_id"] = prediction_id
+    if input_verdicts:
+        parameters["input_verdicts"] = list(input_verdicts)
+    body = _encoder.encode(answer | {"parameters": parameters, "outputs": entries})
     return (body, None) if not blobs else (body + b"".join(blobs), len(body))
 
 

@@ -3,12 +3,14 @@
 The state file says what a slot is; this module only moves bytes. A slot under construction has the status ``staging`` in the
 state before its first byte is written, so a half-built slot is never taken for a whole one.
 
+A slot is born with a mark, ``trial``, which is taken away when its model was committed: a state that was lost is rebuilt from
+slots that proved themselves. Slots share no file: what damages one leaves the other whole.
+
 A blob that travels sealed lies in a slot opened, under the digest of its content: that is what is hashed and loaded.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from edgekit.schema.state import Slot, SlotName
 MANIFEST_FILE = "manifest.json"
 RELEASE_FILE = "release.json"
 BLOB_DIR = "blobs"
+TRIAL_FILE = "trial"
 SLOT_NAMES: tuple[SlotName, ...] = ("a", "b")
 
 
@@ -70,14 +73,14 @@ class SlotStore:
         *,
         identities: Identities | None = None,
     ) -> None:
-        """Fill an empty slot: blobs are moved or opened from ``parts``, or linked from the ``donor`` slot where it has them.
+        """Fill an empty slot: blobs are moved or opened from ``parts``, or copied from the ``donor`` slot where it has them.
 
         Args:
             name: the slot.
             release: signed metadata's record of the release; kept beside the manifest for recovery.
             manifest: the manifest's bytes as they were verified.
             parts: every blob with the file that it was downloaded to.
-            donor: the other slot, whose blobs may be shared.
+            donor: the other slot, whose blobs may be copied.
             identities: what opens the parts that are sealed; each is removed once its content is on the disk.
 
         Raises:
@@ -98,13 +101,22 @@ class SlotStore:
             elif part.is_file():
                 part.replace(target)
             elif donor is not None and not target.exists():
-                _share(self.blob(donor, target.name), target)
+                shutil.copyfile(self.blob(donor, target.name), target, follow_symlinks=False)
+                target.chmod(PRIVATE_FILE)
             sync_file(target)
         sync_folder(blobs)
+        (self.path(name) / TRIAL_FILE).touch(mode=PRIVATE_FILE)
         write_durably(self.path(name) / RELEASE_FILE, encode_json(release), mode=PRIVATE_FILE)
         write_durably(self.path(name) / MANIFEST_FILE, manifest, mode=PRIVATE_FILE)
         sync_folder(self._dir)
         sync_folder(self._dir.parent)
+
+    def end_trial(self, name: SlotName) -> None:
+        """The slot's model was committed."""
+        path = self.path(name) / TRIAL_FILE
+        if path.exists():
+            path.unlink()
+            sync_folder(self.path(name))
 
     def read_manifest(self, slot: Slot) -> Manifest:
         """The manifest of a slot, checked against the digest that the state has.
@@ -166,7 +178,7 @@ class SlotStore:
             if whole and digest_bytes(data) == release.manifest_digest:
                 return Slot(
                     name=name,
-                    status="good",
+                    status="verified" if (path / TRIAL_FILE).exists() else "good",
                     model=manifest.name,
                     version=manifest.version,
                     counter=release.info.counter,
@@ -177,13 +189,6 @@ class SlotStore:
                     fallback=release.info.fallback,
                 )
         return None
-
-
-def _share(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copyfile(source, target, follow_symlinks=False)
 
 
 def _damaged(path: Path, detail: str) -> DeviceError:

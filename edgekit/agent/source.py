@@ -35,9 +35,17 @@ def read_root(config: AgentConfig) -> bytes:
 
 
 class RepositorySource:
-    """One poll's view of the repository. ``halt`` stops a download that is under way."""
+    """One poll's view of the repository. ``halt`` stops a download that is under way, and so does ``superseded``."""
 
-    def __init__(self, config: AgentConfig, root: bytes, floors: Floors, halt: threading.Event) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        root: bytes,
+        floors: Floors,
+        halt: threading.Event,
+        superseded: threading.Event | None = None,
+    ) -> None:
+        self._superseded = superseded or threading.Event()
         self._url = config.repository.rstrip("/")
         self._halt = halt
         self._model = config.model
@@ -77,6 +85,8 @@ class RepositorySource:
     def _check_halt(self, *_progress: object) -> None:
         if self._halt.is_set():
             raise DeviceError("agent.stopping", "the agent is stopping; the download goes on at its next start.")
+        if self._superseded.is_set():
+            raise DeviceError("install.superseded", "something newer is desired.")
 
     def fetch_blob(self, ref: BlobRef, part_dir: Path) -> Path:
         """Download a blob, resuming; the verified file's path."""

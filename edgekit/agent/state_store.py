@@ -90,9 +90,11 @@ class DirLock:
 class StateStore:
     """The state in memory and on disk; every change is on disk before ``update`` returns."""
 
-    def __init__(self, path: Path, state: AgentState) -> None:
+    def __init__(self, path: Path, state: AgentState, *, damage: str = "") -> None:
         self._path = path
         self._state = state
+        self.damage = damage
+        """Why the state was rebuilt from the slots at this start; empty: it was not."""
         self._guard = threading.Lock()
 
     @classmethod
@@ -102,19 +104,23 @@ class StateStore:
         A release that was refused for the lack of a key or package may be tried again: who starts the agent may have cured it.
         """
         path = state_dir / STATE_FILE
+        damage = ""
         sweep_temporaries(state_dir)
         try:
             state = _read_state(path)
         except ArtifactError as error:
             aside = path.with_suffix(".damaged")
+            damage = error.message
             path.replace(aside)
             sync_folder(state_dir)
             logger.error("event=state_damaged aside=%s error=%r", aside.name, error.message)  # noqa: TRY400 - expected, handled
             state = None
         if state is None:
             state = rebuild_state(SlotStore(state_dir), device)
+            if not damage and state.active is not None:
+                damage = f"{path}: was gone."
         refusals = tuple(refusal for refusal in state.refusals if not refusal.code.startswith(CURABLE_PREFIX))
-        return cls(path, msgspec.structs.replace(state, device=device, refusals=refusals))
+        return cls(path, msgspec.structs.replace(state, device=device, refusals=refusals), damage=damage)
 
     @property
     def state(self) -> AgentState:
@@ -169,9 +175,13 @@ def _read_state(path: Path) -> AgentState | None:
 
 
 def rebuild_state(slots: SlotStore, device: str) -> AgentState:
-    """What the slots prove by themselves: the complete one with the highest release counter becomes active."""
+    """What the slots prove by themselves: the committed one with the highest release counter becomes active.
+
+    Where none was committed, the newest complete one does: a model that might be bad is better than none, and its self-test
+    comes before it serves.
+    """
     found = [slot for name in ("a", "b") if (slot := slots.recover(name)) is not None]
-    found.sort(key=lambda slot: slot.counter)
+    found.sort(key=lambda slot: (slot.status == "good", slot.counter))
     active = found[-1] if found else None
     floors = AgentState(device=device).floors
     if active:

@@ -19,6 +19,7 @@ from edgekit.agent.config import AgentConfig
 from edgekit.agent.deltas import MAX_FAILED_DELTAS, make_from_delta
 from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
+from edgekit.agent.limits import needed_ram_mb
 from edgekit.agent.link import Model
 from edgekit.agent.plan import (
     DeviceFacts,
@@ -26,21 +27,24 @@ from edgekit.agent.plan import (
     active_slot,
     check_manifest,
     choose_variant,
+    contract_changes,
     needed_blobs,
+    new_outcome,
+    next_attempt,
     slot_of,
 )
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.state_store import StateStore
 from edgekit.agent.validity import find_recall
-from edgekit.agent.vitals import disk_free_bytes
-from edgekit.bundle.opening import CURABLE_PREFIX, DAMAGED_CODE, find_identities, opened_variant
+from edgekit.agent.vitals import MEGA, disk_free_bytes, memory_free_bytes
+from edgekit.bundle.opening import CURABLE_PREFIX, DAMAGED_CODE, content_of, find_identities, opened_variant
 from edgekit.bundle.reader import parse_manifest
 from edgekit.durable import make_folder
 from edgekit.errors import ArtifactError, DeviceError, EdgekitError, TrustError
 from edgekit.schema.digest import hex_of
 from edgekit.schema.manifest import BlobRef, Manifest, Variant
 from edgekit.schema.release import Release
-from edgekit.schema.state import Phase, Slot, SlotName
+from edgekit.schema.state import AgentState, Floors, Outcome, Phase, Probation, Slot, SlotName
 
 logger = logging.getLogger(__name__)
 
@@ -98,14 +102,59 @@ class Installer:
 
     def enter(self, phase: Phase, plan: Plan) -> None:
         """Write down what is about to be done."""
-        attempts = self._store.state.attempts + 1 if phase == "selftest" else self._store.state.attempts
-        self._store.update(phase=phase, intent=plan.intent, attempts=attempts)
+        state = self._store.state
+        before = state.attempts if state.intent in {"", plan.intent} else 0
+        attempt = next_attempt(state.attempt, plan.release.manifest_digest, phase, self.parts_bytes())
+        self._store.update(
+            phase=phase,
+            intent=plan.intent,
+            attempts=before + 1 if phase == "selftest" else before,
+            step="",
+            attempt=attempt,
+        )
         logger.info("event=step phase=%s release=%s slot=%s", phase, plan.intent, plan.slot)
         checkpoint(phase)
 
     def settle(self) -> None:
         """Nothing is being done any more."""
-        self._store.update(phase="idle", intent="", attempts=0)
+        self._store.update(phase="idle", intent="", attempts=0, step="", attempt=None)
+
+    def parts_bytes(self) -> int:
+        """What has been downloaded."""
+        return sum(path.stat().st_size for path in self._parts.iterdir()) if self._parts.is_dir() else 0
+
+    def precheck(self, plan: Plan, contents: Contents) -> None:
+        """What can be known before the download: the contract with the clients, and memory. Disk, runtime: beside it.
+
+        Raises:
+            ReleaseRefused: ``precheck.contract``, naming what changed.
+            DeviceError: ``precheck.memory``, for as long as the memory is short.
+        """
+        self._store.update(step="precheck")
+        checkpoint("precheck")
+        self._check_contract(plan, contents.manifest)
+        needed, free = needed_ram_mb(contents.manifest, contents.variant), memory_free_bytes() / MEGA
+        if needed and self._config.selftest.ram_factor and free < needed:
+            raise DeviceError(
+                "precheck.memory",
+                f"{plan.intent}: its self-test needs {needed:g} MB of memory and {free:.0f} MB are free.",
+                hint="The agent tries again by itself; end other programs, or publish a smaller variant.",
+            )
+
+    def _check_contract(self, plan: Plan, manifest: Manifest) -> None:
+        active = active_slot(self._store.state)
+        if active is None or self._config.allow_contract_change or plan.release.info.allows_contract_change:
+            return
+        try:
+            serving = self._slots.read_manifest(active)
+        except (DeviceError, ArtifactError):
+            return  # it is found damaged elsewhere
+        if serving.name == manifest.name and (changes := contract_changes(serving.contract, manifest.contract)):
+            raise ReleaseRefused(
+                "precheck.contract",
+                f"{plan.intent}: clients of {active.model}@{active.version} would break: {'; '.join(changes)}. "
+                "Set allow_contract_change = true where they are ready for it.",
+            )
 
     def read(self, plan: Plan, data: bytes) -> Contents:
         """Understand a manifest.
@@ -135,11 +184,12 @@ class Installer:
             EdgekitError: what the source raises.
         """
         contents = self.read(plan, source.fetch_manifest(plan.release))
+        self.precheck(plan, contents)
         with self._reclaiming(plan):
             make_folder(self._parts, mode=0o700)
             missing = [ref for ref in contents.refs if not self._find(ref, plan.slot)]
             self._drop_parts(keep=missing)
-            self._check_disk(plan, missing)
+            self._check_disk(plan, contents.refs, missing)
             for ref in missing:
                 if not self._apply_delta(plan, ref, source):
                     self._check_metered(ref)
@@ -206,11 +256,12 @@ class Installer:
             if path.name.split(".")[0] not in names:
                 path.unlink(missing_ok=True)
 
-    def _check_disk(self, plan: Plan, missing: Sequence[BlobRef]) -> None:
+    def _check_disk(self, plan: Plan, refs: Sequence[BlobRef], missing: Sequence[BlobRef]) -> None:
         """Refuse early what cannot fit; give the other slot up first where that makes the difference."""
         have = sum(path.stat().st_size for path in self._parts.iterdir())
         opening = max((ref.sealed.size_bytes for ref in missing if ref.sealed), default=0)  # both lie there for a moment
-        needed = sum(ref.size_bytes for ref in missing) + opening - have + self._config.disk_reserve_bytes
+        copied = sum(content_of(ref).size_bytes for ref in refs if ref not in missing)  # from the other slot
+        needed = sum(ref.size_bytes for ref in missing) + copied + opening - have + self._config.disk_reserve_bytes
         free = disk_free_bytes(self._parts)
         if free >= needed:
             return
@@ -327,7 +378,7 @@ class Installer:
         return Model(manifest=contents.manifest, variant=contents.variant, blob_dir=str(self._slots.blob_dir(slot.name)))
 
     def switch(self, plan: Plan) -> None:
-        """Make the slot the active one and raise the floor, in one write."""
+        """Make the slot the active one, in one write: on probation, or with its floor raised where there is none."""
         state = self._store.state
         info = plan.release.info
         slot = msgspec.structs.replace(
@@ -337,20 +388,58 @@ class Installer:
             valid_until=info.valid_until,
             fallback=info.fallback,
         )
-        floors = state.floors.releases | {slot.model: max(slot.counter, state.floors.releases.get(slot.model, 0))}
         before = active_slot(state)
         slots = {slot.name: slot}
         if before and before.name != slot.name:
             slots[before.name] = msgspec.structs.replace(before, status="good")
+        is_new = before is None or before.name != slot.name
+        is_trial = self._config.probation.is_on and is_new
         self._store.update(
             slots=tuple(slots.get(old.name, old) for old in state.slots),
             active=slot.name,
-            floors=msgspec.structs.replace(state.floors, releases=floors),
+            floors=state.floors if is_trial else _raised(state.floors, slot),
+            probation=_trial(slot) if is_trial else None,
         )
+        if not is_trial:
+            self._slots.end_trial(slot.name)
         checkpoint("switched")
 
-    def give_up(self, plan: Plan) -> None:
-        """Free a slot whose release was refused."""
-        if slot_of(self._store.state, plan.slot).status in {"staging", "verified"} and plan.slot != self._store.state.active:
-            self._store.update_slot(Slot(name=plan.slot))
-            self._slots.clear(plan.slot)
+
+def _trial(slot: Slot) -> Probation:
+    assert slot.manifest is not None
+    return Probation(slot=slot.name, manifest=slot.manifest, counter=slot.counter)
+
+
+def _raised(floors: Floors, slot: Slot) -> Floors:
+    releases = floors.releases | {slot.model: max(slot.counter, floors.releases.get(slot.model, 0))}
+    return msgspec.structs.replace(floors, releases=releases)
+
+
+def commit(store: StateStore, slots: SlotStore, outcome: Outcome) -> None:
+    """End a probation well, in one write: the floor is raised, and the report of it waits to be stored."""
+
+    def change(state: AgentState) -> AgentState:
+        active = active_slot(state)
+        assert active is not None and state.probation is not None  # noqa: PT018 - one claim
+        return msgspec.structs.replace(
+            state,
+            floors=_raised(state.floors, active),
+            probation=None,
+            step="",
+            outcomes=new_outcome(state, outcome),
+        )
+
+    checkpoint("committing")
+    state = store.transform(change)
+    checkpoint("committed")
+    if state.active is not None:
+        slots.end_trial(state.active)
+
+
+def settle_trials(store: StateStore, slots: SlotStore) -> None:
+    """Take the marks away that an interruption left on slots that were committed."""
+    state = store.state
+    for slot in state.slots:
+        is_trial = state.probation is not None and state.probation.slot == slot.name
+        if slot.status in {"active", "good"} and not is_trial:
+            slots.end_trial(slot.name)

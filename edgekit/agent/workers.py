@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgekit.agent.child import StatusMaker, WorkerProcess
+from edgekit.agent.child import FactTaker, StatusMaker, WorkerProcess
 from edgekit.agent.config import AgentConfig
-from edgekit.agent.link import Figures, Model, Start
+from edgekit.agent.errands import stand_back
+from edgekit.agent.link import Ceiling, Figures, Model, Start
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +32,49 @@ CrashHandler = Callable[[WorkerProcess], None]
 class Workers:
     """The set of workers; ``on_crash`` is called in the loop when the serving one dies."""
 
-    listener: socket.socket
+    listeners: Sequence[socket.socket]
     config: AgentConfig
     make_status: StatusMaker
     on_crash: CrashHandler
     current: WorkerProcess | None = None
+    on_fact: FactTaker = lambda _fact: None
     _all: list[WorkerProcess] = field(default_factory=list)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _leftover: list[Figures] = field(default_factory=list)
     _past: tuple[int, int] = (0, 0)
 
-    async def start(self, model: Model | None, *, absence: str = "") -> WorkerProcess:
-        """Start a worker; it does not accept yet. Without a model it says why (``absence``)."""
+    async def start(
+        self,
+        models: Sequence[Model],
+        *,
+        absence: str = "",
+        absences: Mapping[str, str] | None = None,
+        ceiling: Ceiling | None = None,
+    ) -> WorkerProcess:
+        """Start a worker; it does not accept yet.
+
+        Args:
+            models: what it serves.
+            absence: why it serves nothing.
+            absences: why it does not serve single models, by name.
+            ceiling: what it may use until it serves.
+        """
         config = self.config
         start = Start(
-            model=model,
+            models=tuple(models),
             threads=config.threads,
             max_request_bytes=config.max_request_bytes,
             request_timeout_s=config.request_timeout_s,
             drain_s=config.drain_s,
             absence=absence,
+            absences=dict(absences or {}),
+            ceiling=ceiling,
+            max_connections=config.max_connections,
         )
-        worker = await WorkerProcess.spawn(self.listener, start, self.make_status)
+        worker = await WorkerProcess.spawn(self.listeners, start, self.make_status)
+        resources = config.resources
+        stand_back(worker.pid, nice=resources.worker_nice, oom_score_adj=resources.worker_oom_score_adj)
+        worker.on_fact = self.on_fact
         self._all.append(worker)
         self._spawn(self._follow(worker))
         return worker
@@ -116,7 +138,7 @@ class Workers:
         if self.current is not None and self.current.silent_s >= HUNG_SECONDS:
             logger.error("event=worker_hangs pid=%d silent_s=%.0f", self.current.pid, self.current.silent_s)
             self.current.abort()
-        return [*leftover, *(figures for figures in answers if figures is not None)]
+        return [*leftover, *(figures for answer in answers if answer is not None for figures in answer)]
 
     async def stop(self) -> None:
         """Drain all of them."""

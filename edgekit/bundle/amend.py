@@ -1,9 +1,10 @@
-"""An amended release: other labels or thresholds, the same weights.
+"""An amended release: other labels, thresholds or input rules, the same weights.
 
-The new manifest names the same blobs, sealed ones as they are sealed, so a device that has the old release fetches the manifest
-and no blob. Only ``contract.labels`` and ``contract.thresholds`` change: inputs, outputs and the number of classes belong to
-the model. The embedded candidate stays what was measured, with the labels of that day. Evidence that speaks of the old release
-(bill, card, provenance, model signature) is not taken along; :mod:`edgekit.bundle.provenance.attach` writes it anew.
+The new manifest names the same blobs, sealed ones as they are sealed, so a device that has the old release fetches the
+manifest and no blob. Labels, thresholds and what is done with inputs out of range or missing change: names, types and
+shapes of inputs and outputs and the number of classes belong to the model. The embedded candidate stays what was measured,
+with the labels of that day. Evidence that speaks of the old release (bill, card, provenance, model signature) is not taken
+along; :mod:`edgekit.bundle.provenance.attach` writes it anew.
 
     >>> draft = amend_bundle(bundle, version="1.0.1", labels=("cat", "dog"), folder=Path("blobs"))  # doctest: +SKIP
 """
@@ -34,6 +35,7 @@ def amend_bundle(
     folder: Path,
     labels: Sequence[str] | None = None,
     thresholds: Mapping[str, float | None] | None = None,
+    contract: Contract | None = None,
     created_at: datetime | None = None,
 ) -> Draft:
     """A release, not signed yet, with the blobs of an old one but for its evidence.
@@ -45,19 +47,21 @@ def amend_bundle(
         labels: all class names, in the order of the output; None keeps the old ones. A threshold stays with its class.
         thresholds: the score, 0..1, from which an answer of this (new) label counts; None takes the threshold away. Labels
             that are not named keep theirs.
+        contract: the old one with other rules for its inputs; None keeps them.
         created_at: for bytes that can be made again; None is now.
 
     Raises:
-        UsageError: ``amend.version``, ``amend.labels``, ``amend.threshold``, ``amend.nothing``.
+        UsageError: ``amend.version``, ``amend.labels``, ``amend.threshold``, ``amend.contract``, ``amend.nothing``.
         TrustError: ``bundle.digest_mismatch`` when the file changed since it was read.
     """
     old = bundle.manifest
     _check_version(version, old.version)
-    contract = amend_contract(old.contract, labels, thresholds or {})
+    if contract is not None and _structure(contract) != _structure(old.contract):
+        raise UsageError("amend.contract", "the inputs and outputs of the new contract are not those of the model.")
+    contract = amend_contract(contract or old.contract, labels, thresholds or {})
     if contract == old.contract:
-        raise UsageError(
-            "amend.nothing", f"{old.name}@{old.version} has these labels and thresholds.", hint="Give --labels or --threshold."
-        )
+        text = f"{old.name}@{old.version} has these labels, thresholds and input rules."
+        raise UsageError("amend.nothing", text, hint="Give --labels, --threshold or --contract.")
     manifest = msgspec.structs.replace(
         old,
         version=version,
@@ -67,6 +71,11 @@ def amend_bundle(
     )
     blobs: dict[str, Content] = {ref.digest: _extract(bundle, ref.digest, folder) for ref in old.blobs}
     return without_evidence(Draft(manifest, blobs))
+
+
+def _structure(contract: Contract) -> list[tuple[object, ...]]:
+    inputs: list[tuple[object, ...]] = [(spec.name, spec.dtype, spec.shape) for spec in contract.inputs]
+    return [*inputs, *((spec.name, spec.dtype, spec.shape) for spec in contract.outputs)]
 
 
 def _check_version(version: str, old: str) -> None:

@@ -110,7 +110,7 @@ def _media_type(role: BlobRole) -> str:
     match role:
         case "model":
             return WEIGHT
-        case "golden":
+        case "golden" | "baseline":
             return DATASET
         case "candidate" | "report" | "card" | "bom" | "provenance" | "signature":
             return DOC

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
-import json as jsonlib
-import urllib.error
-import urllib.request
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from edgekit.cli import agent_operation
+from edgekit.cli.agent_operation import ask_status, settings_of, status_of
 from edgekit.cli.console import format_bytes, format_seconds, note, out, out_json, paint, table, warn
 from edgekit.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from edgekit.schema.state import AgentState, AgentStatus
-
-STATUS_SECONDS = 5.0
+    from edgekit.schema.state import AgentState, AgentStatus, ModelStatus
 
 app = typer.Typer(
     help="The on-device agent: run it, ask it.",
@@ -94,27 +91,6 @@ def run(
     become_agent(settings)
 
 
-def _ask(url: str) -> AgentStatus | None:
-    """The running agent's own view; None when nobody answers there."""
-    from edgekit.schema.base import decode_json
-    from edgekit.schema.state import AgentStatus
-
-    try:
-        address = f"{url.rstrip('/')}/status"
-        with urllib.request.urlopen(address, timeout=STATUS_SECONDS) as answer:  # noqa: S310 - http, by the callers
-            return decode_json(answer.read(), AgentStatus, name=f"{url}/status")
-    except (OSError, urllib.error.URLError, http.client.HTTPException):
-        return None
-
-
-def _url_of(state_dir: Path) -> str:
-    """Where the agent of a state folder says that it listens; empty when it does not run."""
-    try:
-        return str(jsonlib.loads((state_dir / "agent.json").read_text())["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
 def _slots(state: AgentState) -> str:
     rows = []
     for slot in state.slots:
@@ -137,11 +113,40 @@ def _show_state(state: AgentState) -> None:
         out(f"{paint('refused', 'yellow')} {release}: {refusal.code}: {refusal.reason}")
 
 
+def _serves(model: ModelStatus) -> str:
+    """What a model's clients get."""
+    match model.serves:
+        case "slot":
+            return f"{model.version} serves"
+        case "factory":
+            return f"{model.version} of the factory serves: no slot can"
+        case "nothing":
+            return f"nothing serves: {model.absence or 'no release is installed'}"
+
+
+def _show_trial(state: AgentState) -> None:
+    if (trial := state.probation) is not None:
+        out(
+            f"slot {trial.slot} is on probation: {trial.inferences} inferences, {trial.failures} failed, {trial.served_s:.0f} s"
+        )
+
+
 def _show(status: AgentStatus) -> None:
     state = status.state
     up = format_seconds(status.uptime_s)
     out(f"{paint(state.device, 'bold')} ({status.site})  {status.url}  process {status.pid}, up {up}")
-    _show_state(state)
+    if len(status.models) > 1:
+        for model in status.models:
+            out(f"\n{paint(model.name, 'bold')} on {model.channel}: {_serves(model)}")
+            _show_state(model.state)
+        out()
+    else:
+        _show_state(state)
+        if status.models and status.models[0].serves != "slot":
+            out(_serves(status.models[0]))
+    _show_trial(state)
+    if status.paused_until:
+        out(f"{paint('paused', 'yellow')} updates wait until {status.paused_until:%Y-%m-%d %H:%M} UTC")
     doing = state.phase + (f" {state.intent}" if state.intent else "")
     out(f"phase {doing}; {status.requests} requests, {status.errors} errors; {status.rss_mb:.0f} MB resident")
     broker = "connected" if status.is_broker_connected else "not connected"
@@ -153,37 +158,6 @@ def _show(status: AgentStatus) -> None:
 
 
 @app.command()
-def install(
-    stick: Path = typer.Argument(..., metavar="STICK", help='Folder that "edgekit repo stick" made.'),
-    state_dir: Path | None = typer.Option(None, "--state-dir", help="The agent's state folder."),
-    config: Path | None = typer.Option(None, "--config", metavar="FILE", help="The agent's settings."),
-    timeout_s: float = typer.Option(300.0, "--timeout", min=1, metavar="SECONDS", help="How long to wait."),
-) -> None:
-    """Let the running agent install from a stick, without a network. Exit 4: what is on it was refused."""
-    import secrets
-
-    from edgekit.agent.config import load_config
-    from edgekit.agent.inbox import Inbox, InstallRequest
-    from edgekit.errors import DeviceError, TrustError
-
-    flags = {"state_dir": str(state_dir)} if state_dir else {}
-    folder = load_config(config, flags=flags).state_path
-    if not (stick / "metadata").is_dir():
-        hint = 'Make one: "edgekit repo stick DIR NAME@VERSION --out STICK".'
-        raise UsageError("stick.not_found", f"{stick}: no stick's folder (it has no metadata).", hint=hint)
-    where = _url_of(folder)
-    if not where or _ask(where) is None:
-        hint = 'Start it with "edgekit agent run"; it installs, tests and serves what is on the stick.'
-        raise EnvironmentFault("agent.not_running", f"{folder}: no agent runs with this state folder.", hint=hint)
-    answer = Inbox(folder).ask(InstallRequest(id=secrets.token_hex(8), stick=str(stick.absolute())), timeout_s=timeout_s)
-    if answer.code.startswith(("trust.", "bundle.", "release.")):
-        raise TrustError(answer.code, answer.text)
-    if answer.code:
-        raise DeviceError(answer.code, answer.text)
-    out(answer.text)
-
-
-@app.command()
 def status(
     state_dir: Path | None = typer.Option(None, "--state-dir", help="The agent's state folder."),
     config: Path | None = typer.Option(None, "--config", metavar="FILE", help="The agent's settings."),
@@ -191,29 +165,26 @@ def status(
     json: bool = typer.Option(False, "--json", help="Print the record as JSON."),
 ) -> None:
     """Show what the agent serves and does. Exit 1 when it does not run: then only its state on disk is shown."""
-    from edgekit.agent.config import load_config
-
     if url is not None:
         if not url.startswith(("http://", "https://")):
             raise UsageError("config.invalid", f"--url {url}: expected http://host:port.")
-        answer = _ask(url)
+        answer = ask_status(url)
         if answer is None:
             hint = 'Start it with "edgekit agent run", or check the port.'
             raise EnvironmentFault("agent.not_running", f"{url}: no agent answers there.", hint=hint)
         out_json(answer) if json else _show(answer)
         return
-    flags = {"state_dir": str(state_dir)} if state_dir else {}
-    folder = load_config(config, flags=flags).state_path
-    where = _url_of(folder)
-    answer = _ask(where) if where else None
+    folder = settings_of(config, state_dir).state_path
+    answer = status_of(folder)
     if answer is not None:
         out_json(answer) if json else _show(answer)
         return
-    _show_stopped(folder, json=json)
+    _show_stopped(folder, settings_of(config, state_dir).models, json=json)
     raise typer.Exit(1)
 
 
-def _show_stopped(folder: Path, *, json: bool) -> None:
+def _show_stopped(folder: Path, models: Collection[str], *, json: bool) -> None:
+    from edgekit.agent.errands import read_state
     from edgekit.schema.base import decode_json
     from edgekit.schema.state import AgentState
 
@@ -227,5 +198,12 @@ def _show_stopped(folder: Path, *, json: bool) -> None:
     note("the agent does not run; this is its state on disk", "yellow")
     if json:
         out_json(state)
-    else:
-        _show_state(state)
+        return
+    _show_state(state)
+    for name in models:
+        if (further := read_state(folder / "models" / name)) is not None:
+            out(f"\n{paint(name, 'bold')}")
+            _show_state(further)
+
+
+agent_operation.register(app)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
+from edgekit.cli import fleet_command
 from edgekit.cli.console import Progress, Style, format_bytes, note, out, out_json, paint, table
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgekit.schema.benchmark import BenchmarkRun, ModelChange, RunComparison, ThreadRun
+    from edgekit.schema.command import BenchmarkOrder
     from edgekit.schema.measurement import LatencyReport
 
 MAX_THREADS = 1024
@@ -50,7 +52,9 @@ app = typer.Typer(
 
 @app.callback()
 def benchmark(
-    models: list[Path] = typer.Argument(..., help="Model files: .onnx or .tflite."),
+    models: list[Path] = typer.Argument(
+        None, help="Model files: .onnx or .tflite; with --device NAME or NAME@VERSION of what lies there.", show_default=False
+    ),
     data: str | None = typer.Option(None, "--data", help="Data for the request.", show_default="random values"),
     baseline: str | None = typer.Option(None, "--baseline", help="The model to compare with.", show_default="the first"),
     threads: str = typer.Option("1", "--threads", metavar="N[,N...]", help="Intra-op threads; a run for each of the list."),
@@ -65,32 +69,53 @@ def benchmark(
     is_json: bool = typer.Option(
         False, "--json", help="Print the latency reports as JSON, by thread count where there are several."
     ),
+    device: str = typer.Option("", "--device", metavar="[SITE/]NAME", help="Time what lies on a device of the fleet, there."),
+    keys: list[Path] = typer.Option([], "--key", metavar="KEY", help="With --device: signs the order."),
+    broker: str = typer.Option(fleet_command.BROKER, "--broker", metavar="URL", help="With --device: where it is connected."),
+    ca_file: str = typer.Option("", "--ca", help="With --device: certificates to trust for mqtts."),
+    timeout_s: float = typer.Option(600.0, "--timeout", min=1, metavar="SECONDS", help="With --device: how long to wait."),
+    allow_insecure: bool = typer.Option(False, "--allow-insecure", help="With --device: a broker without TLS off loopback."),
 ) -> None:
     """Time models against each other: interleaved, warmed up, with confidence intervals and the noise floor.
 
     p50, p90 and p99 are of single requests. The ratio is to the baseline's median, below 1 is faster; a difference inside its
     interval or inside the noise is a tie. Peak RSS is that of a process of its own which loads and runs the model.
 
+    With --device a device of the fleet times what lies in its slots, on its own hardware, beside the model that serves: without
+    a model the one that serves, otherwise NAME or NAME@VERSION.
+
     "edgekit benchmark compare OLD NEW" compares two runs that were kept with --save.
     """
-    from edgekit.benchmark.protocol import run_benchmark
     from edgekit.benchmark.run_file import write_run
-    from edgekit.schema.benchmark import BenchmarkRequest
 
-    request = BenchmarkRequest(
-        models=tuple(str(model) for model in models),
-        baseline=baseline,
-        data=data,
-        threads=_parse_threads(threads),
-        batch=batch,
-        seconds=seconds,
-        min_runs=runs,
-        seed=seed,
-        is_pinned=is_pinned,
-    )
-    progress = Progress(is_quiet=is_json)
-    run = run_benchmark(request, on_progress=progress.update)
-    progress.clear()
+    counts = _parse_threads(threads)
+    if device:
+        if data is not None or baseline is not None or is_pinned is not None:
+            message = "--data, --baseline and --pin do not go with --device: the device has no such file."
+            raise UsageError("benchmark.device", message)
+        order = _order(models or [], counts, batch=batch, seconds=seconds, runs=runs, seed=seed)
+        run = fleet_command.benchmark_on_device(
+            device,
+            order,
+            keys=keys,
+            broker=broker,
+            ca_file=ca_file,
+            timeout_s=timeout_s,
+            is_plain_allowed=allow_insecure,
+        )
+    else:
+        run = _run_here(
+            models or [],
+            data=data,
+            baseline=baseline,
+            threads=counts,
+            batch=batch,
+            seconds=seconds,
+            runs=runs,
+            seed=seed,
+            is_pinned=is_pinned,
+            is_quiet=is_json,
+        )
     if is_json:
         reports = {str(part.threads): part.reports for part in run.runs}
         out_json(reports if len(reports) > 1 else run.runs[0].reports)
@@ -100,6 +125,54 @@ def benchmark(
         write_run(save, run)
         if not is_json:
             _tell(f'kept as {save}: compare it with "edgekit benchmark compare"', "dim")
+
+
+def _order(models: Sequence[Path], threads: tuple[int, ...], **more: Any) -> BenchmarkOrder:
+    """What a device is asked for, within what a device accepts."""
+    import msgspec
+
+    from edgekit.schema.command import BenchmarkOrder
+
+    try:
+        return msgspec.convert({"models": [str(model) for model in models], "threads": threads} | more, BenchmarkOrder)
+    except msgspec.ValidationError as error:
+        raise UsageError("benchmark.device", f"a device does not take that: {error}.") from error
+
+
+def _run_here(
+    models: Sequence[Path],
+    *,
+    data: str | None,
+    baseline: str | None,
+    threads: tuple[int, ...],
+    batch: int,
+    seconds: float,
+    runs: int,
+    seed: int,
+    is_pinned: bool | None,
+    is_quiet: bool,
+) -> BenchmarkRun:
+    """The benchmark on this machine."""
+    from edgekit.benchmark.protocol import run_benchmark
+    from edgekit.schema.benchmark import BenchmarkRequest
+
+    if not models:
+        raise UsageError("benchmark.no_models", "there is nothing to time.", hint="Name a model file, or a --device.")
+    request = BenchmarkRequest(
+        models=tuple(str(model) for model in models),
+        baseline=baseline,
+        data=data,
+        threads=threads,
+        batch=batch,
+        seconds=seconds,
+        min_runs=runs,
+        seed=seed,
+        is_pinned=is_pinned,
+    )
+    progress = Progress(is_quiet=is_quiet)
+    run = run_benchmark(request, on_progress=progress.update)
+    progress.clear()
+    return run
 
 
 @app.command("compare")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edgekit.cli import bundle_evidence, bundle_export
+from edgekit.cli import bundle_evidence, bundle_export, bundle_inputs
+from edgekit.cli.bundle_baseline import add_baseline
 from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.schema.digest import short
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
     from edgekit.schema.candidate import Candidate
-    from edgekit.schema.manifest import Manifest, Parity, Requires
+    from edgekit.schema.manifest import GoldenFeatures, Manifest, Parity, Requires
     from edgekit.schema.target import TargetProfile
 
 app = typer.Typer(
@@ -113,6 +114,13 @@ def pack(
     oms_key: Path | None = typer.Option(
         None, "--oms-key", metavar="KEY", help="Sign the files for OpenSSF Model Signing, too."
     ),
+    contract: Path | None = typer.Option(
+        None, "--contract", metavar="FILE", help='What is refused, clipped or filled in: TOML, see "edgekit bundle contract".'
+    ),
+    features: Path | None = typer.Option(
+        None, "--features", metavar="FILE", help="How the inputs are made of raw samples: TOML; golden features prove it."
+    ),
+    raw: Path | None = typer.Option(None, "--raw", metavar="FILE", help="Raw samples for golden features."),
     destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
 ) -> None:
     """Make golden samples, pack the candidate and sign it; several folders become variants of one release.
@@ -131,11 +139,18 @@ def pack(
         )
     signers = [load_signer(path) for path in key]
     bundle_evidence.check_inputs(card, oms_key)
+    bundle_inputs.check_options(features, raw, contract)
     if not data:
         warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
     path = destination or Path(f"{name}-{version}.edgekit")
     variants = _expanded(folder, with_fp32=with_fp32)
     draft, samples = _draft(variants, name=name, version=version, data=data, golden=golden, parity=parity)
+    model = draft.blobs[draft.manifest.variants[0].model]
+    if isinstance(model, Path):
+        draft = add_baseline(draft, samples, lambda: _open(model, threads=1, is_optimized=True))
+    draft = bundle_inputs.add_inputs(
+        draft, features=features, raw=raw, contract_file=contract, samples=samples, open_session=_open
+    )
     draft = bundle_evidence.add_evidence(draft, card=card, data=samples, open_session=_open)
     with _sealed(draft, recipients, path) as sealed:
         ready = bundle_evidence.add_signature(sealed, oms_key)
@@ -353,6 +368,7 @@ def _show(bundle: Bundle) -> None:
         *_contract(manifest),
     ]
     sealed = {ref.digest: ref.sealed for ref in manifest.blobs if ref.sealed is not None}
+    made: list[GoldenFeatures | None] = []
     for variant in manifest.variants:
         needs = variant.requires
         any_of = [" or ".join(needs.isa_any)] if needs.isa_any else []
@@ -366,6 +382,8 @@ def _show(bundle: Bundle) -> None:
             continue
         golden = decode_msgpack(bundle.blob(variant.golden), GoldenSet, name="golden samples")
         lines.append(("golden", f"{len(golden.samples)} samples; {golden.tolerance_reason}"))
+        made.append(golden.features)
+    lines += bundle_inputs.feature_lines(manifest.features, made)
     if sealed:
         names = dict.fromkeys(name for how in sealed.values() for name in how.recipients)
         lines.append(("sealed", f"model and golden samples, with age, for {', '.join(names)}"))
@@ -393,11 +411,7 @@ def _quality(candidate: Candidate) -> list[tuple[str, str]]:
 
 def _contract(manifest: Manifest) -> list[tuple[str, str]]:
     contract = manifest.contract
-    lines = []
-    for spec in contract.inputs:
-        low, high = spec.minimum, spec.maximum
-        bounds = f" in {low:g}..{high:g}" if low is not None and high is not None else ""
-        lines.append(("input", f"{spec.name}: {spec.dtype}{list(spec.shape)}{bounds}"))
+    lines = bundle_inputs.contract_lines(contract)
     lines += [("output", f"{spec.name}: {spec.dtype}{list(spec.shape)}") for spec in contract.outputs]
     if contract.labels:
         lines.append(("labels", ", ".join(contract.labels)))
@@ -408,3 +422,4 @@ def _contract(manifest: Manifest) -> list[tuple[str, str]]:
 
 bundle_evidence.register(app)
 bundle_export.register(app)
+bundle_inputs.register(app)

@@ -58,15 +58,17 @@ def amend(
     threshold: list[str] = typer.Option(
         [], "--threshold", metavar="LABEL=SCORE", help="Score from which this label counts, 0..1; LABEL= takes it away; repeat."
     ),
+    contract: Path | None = typer.Option(None, "--contract", metavar="FILE", help="Other rules for the inputs, as with pack."),
     card: Path | None = typer.Option(None, "--card", metavar="FILE", help="As with pack; the old words stay without it."),
     oms_key: Path | None = typer.Option(None, "--oms-key", metavar="KEY", help="As with pack."),
     destination: Path | None = typer.Option(None, "--out", metavar="FILE", help="Default: NAME-VERSION.edgekit."),
 ) -> None:
-    """Make a new release with other labels or thresholds: the same weights, which devices do not fetch again."""
+    """Make a new release with other labels, thresholds or input rules: the same weights, which devices do not fetch again."""
     from edgekit.bundle.amend import amend_bundle
     from edgekit.bundle.reader import read_bundle
     from edgekit.bundle.writer import write_bundle
     from edgekit.cli.bundle import source_date
+    from edgekit.dataset.contract_file import lay_over, read_contract_file
     from edgekit.durable import make_folder
     from edgekit.trust.signer import load_signer
 
@@ -75,11 +77,18 @@ def amend(
     signers = [load_signer(path) for path in key]
     names, scores = _read_labels(labels) if labels else None, _parse_thresholds(threshold)
     bundle = read_bundle(file)
+    rules = lay_over(bundle.manifest.contract, read_contract_file(contract)) if contract else None
     path = destination or Path(f"{bundle.manifest.name}-{version}.edgekit")
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=".edgekit-amend-", dir=path.parent) as folder:
         draft = amend_bundle(
-            bundle, version=version, folder=Path(folder), labels=names, thresholds=scores, created_at=source_date()
+            bundle,
+            version=version,
+            folder=Path(folder),
+            labels=names,
+            thresholds=scores,
+            contract=rules,
+            created_at=source_date(),
         )
         draft = _evidence(draft, bundle, card, oms_key)
         write_bundle(draft.manifest, draft.blobs, signer=signers, out=path)

@@ -14,11 +14,12 @@ from typing import Any
 
 import typer
 
+from edgekit.cli import fleet_command
 from edgekit.cli.console import note, out, out_json, paint, table
 from edgekit.errors import EnvironmentFault, UsageError
 
 app = typer.Typer(
-    help="The fleet server: serve it, list devices.",
+    help="The fleet server: serve it, list devices, command them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +28,7 @@ app = typer.Typer(
 TOKEN_VARIABLE = "EDGEKIT_FLEET_TOKEN"  # noqa: S105 - the variable's name
 _SYMBOLS = {"online": "●", "stale": "◐", "offline": "○"}
 _PAGE = 500
+app.command()(fleet_command.command)
 
 
 @app.command()

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("edgekit.cli.explain", "Show how a candidate came to be, and make it again bit for bit."),
     "benchmark": ("edgekit.cli.benchmark", "Time models against each other, interleaved, with the noise stated."),
     "inspect": ("edgekit.cli.inspect", "Show what the runtime really runs for a model, and what it costs."),
+    "features": ("edgekit.cli.features", "Declared features: compute them, prove that a stream gives the same."),
     "predict": ("edgekit.cli.predict", "Run a model file or a bundle on data."),
     "target": ("edgekit.cli.target", "Target profiles: list, show, check, probe this machine."),
     "bundle": ("edgekit.cli.bundle", "Pack, verify and inspect signed bundles."),

@@ -17,15 +17,17 @@ from edgekit.schema.base import Record
 from edgekit.schema.contract import Task
 
 if TYPE_CHECKING:
+    from edgekit.agent.client import Client
     from edgekit.bundle.reader import Bundle
-    from edgekit.cli.inference_client import InferenceClient
     from edgekit.dataset.data import Array, Dataset
     from edgekit.runtime.session import Session
+    from edgekit.schema.manifest import Manifest
     from edgekit.schema.tensor import TensorSpec
 
 SHOWN_ROWS = 10
 SHOWN_VALUES = 4
 REQUEST_VALUES = 16_384
+PATIENCE_SECONDS = 3.0
 _OUT_SUFFIXES = (".npz", ".csv", ".parquet", ".json")
 _SUM_TOLERANCE = 1e-2
 
@@ -131,11 +133,15 @@ def _known_labels(path: Path, digest: str) -> tuple[str, ...]:
     return candidate.contract.labels if is_same else ()
 
 
-def _run(session: Session, spec: str, limit: int | None, model: _Model) -> _Answers:
+def _run(session: Session, spec: str, limit: int | None, model: _Model, manifest: Manifest | None = None) -> _Answers:
+    from edgekit.cli.features_data import load_for_bundle
     from edgekit.dataset.load import load_dataset
     from edgekit.evaluation.evaluate import predict as run_all
 
-    data = load_dataset(spec, session.inputs, limit=limit, class_names=model.labels)
+    if manifest is not None:
+        data = load_for_bundle(manifest, session.inputs, spec, limit=limit, class_names=model.labels)
+    else:
+        data = load_dataset(spec, session.inputs, limit=limit, class_names=model.labels)
     progress = Progress()
     try:
         outputs = run_all(session, data, on_progress=progress.update)
@@ -215,12 +221,21 @@ def _ask_bundle(path: Path, spec: str, limit: int | None, labels: tuple[str, ...
             model = _Model(
                 name=manifest.name, version=manifest.version, digest=opened.model, labels=names, thresholds=thresholds
             )
-            return _run(session, spec, limit, model)
+            return _run(session, spec, limit, model, manifest)
         finally:
             session.close()
 
 
-def _ask_agent(client: InferenceClient, spec: str, limit: int | None, labels: tuple[str, ...]) -> _Answers:
+def _only_model(client: Client) -> str:
+    """The agent's one model."""
+    names = client.models()
+    if len(names) == 1:
+        return names[0]
+    served = f"it serves {', '.join(names)}" if names else "it serves no model"
+    raise UsageError("predict.usage", f"--agent {client.url}: {served}.", hint="Name one with --model." if names else "")
+
+
+def _ask_agent(client: Client, name: str, spec: str, limit: int | None, labels: tuple[str, ...]) -> _Answers:
     """Send the data to a running agent, a few samples a request."""
     import math
 
@@ -228,7 +243,7 @@ def _ask_agent(client: InferenceClient, spec: str, limit: int | None, labels: tu
 
     from edgekit.dataset.load import load_dataset
 
-    served = client.describe()
+    served = client.describe(name)
     names = labels or served.labels
     data = load_dataset(spec, served.inputs, limit=limit, class_names=names)
     per_sample = sum(math.prod(array.shape[1:]) for array in data.inputs.values())
@@ -237,15 +252,18 @@ def _ask_agent(client: InferenceClient, spec: str, limit: int | None, labels: tu
     if fixed and len(data) % fixed:
         text = f"{spec}: {len(data)} samples, the served model takes batches of exactly {fixed}."
         raise DataError("data.shape", text, hint=f"Give a multiple of {fixed} samples, see --limit.")
-    progress, parts, seen = Progress(), [], {}
+    progress, parts, seen, changed = Progress(), [], {}, 0
     try:
         for number, (feeds, _labels) in enumerate(data.batches(size)):
-            answer = client.infer(feeds)
+            answer = client.predict(name, feeds)
             parts.append(answer.outputs)
-            seen[answer.digest or served.digest] = answer.version or served.version
+            seen[answer.model_digest or served.digest] = answer.version or served.version
+            changed += bool(answer.input_verdicts)
             progress.update("asking the agent", min(1.0, (number + 1) * size / len(data)))
     finally:
         progress.clear()
+    if changed:
+        warn(f"the input contract made exceptions in {changed} requests (clipped, filled in or passed with a note)")
     if len(seen) > 1:
         warn(f"the agent changed its model meanwhile: {', '.join(seen.values())} answered; the last is named")
     digest, version = list(seen.items())[-1]
@@ -469,12 +487,13 @@ def _answer(
     first: str, second: str, *, agent: str, model: str, limit: int | None, labels: tuple[str, ...], identity: str
 ) -> _Answers:
     if agent:
-        from edgekit.cli.inference_client import InferenceClient
+        from edgekit.agent.client import Client
 
         name, spec = (model, first) if not second else (model or first, second)
-        if not name or (second and model and model != first):
+        if second and model and model != first:
             raise UsageError("predict.usage", "--agent: name one model.", hint="edgekit predict DATA --agent URL --model NAME")
-        return _ask_agent(InferenceClient(agent, name), spec, limit, labels)
+        with Client(agent, patience_s=PATIENCE_SECONDS) as client:
+            return _ask_agent(client, name or _only_model(client), spec, limit, labels)
     if model or not second:
         what = "--model goes with --agent." if model else f"{first}: the data is missing; expected MODEL and DATA."
         raise UsageError(
@@ -496,8 +515,10 @@ def predict(
     labels: str = typer.Option("", "--labels", metavar="FILE|A,B,...", help="Class names: a file with one a line, or a list."),
     limit: int | None = typer.Option(None, "--limit", metavar="N", help="At most N samples, evenly spaced over the data."),
     json: bool = typer.Option(False, "--json", help="Print every prediction as JSON."),
-    agent: str = typer.Option("", "--agent", metavar="URL", help="Ask a running agent, for example http://127.0.0.1:8080."),
-    model: str = typer.Option("", "--model", metavar="NAME", help="The model's name, with --agent."),
+    agent: str = typer.Option(
+        "", "--agent", metavar="URL", help="Ask a running agent: http://127.0.0.1:8080, or unix:///PATH."
+    ),
+    model: str = typer.Option("", "--model", metavar="NAME", help="The model's name, with --agent; its only one without."),
     identity: str = typer.Option("", "--identity", metavar="FILE", help="The age identity that opens a sealed bundle."),
 ) -> None:
     """Run a model file, a bundle or a running agent's model on data.

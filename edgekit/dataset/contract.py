@@ -1,6 +1,7 @@
 """The model's contract: inferred from data once, checked on every request for ever.
 
-:func:`check_feeds` runs on the device for each request: numpy only, no copies beyond one mask. A value outside the range that
+:func:`check_feeds` refuses what no contract allows: names, types, shapes, NaN. What a contract declares beyond that (reactions
+by input and column) is done by :mod:`edgekit.dataset.guarding`, on the device for each request. A value outside the range that
 was seen in calibration is not an error, since that is what drift looks like: :func:`count_out_of_range` counts it.
 """
 
@@ -8,27 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from edgekit.dataset.data import Array, Dataset, suggest
 from edgekit.dataset.fitting import describe_shape
 from edgekit.errors import DataError
-from edgekit.schema.contract import Contract, InputSpec, Task
+from edgekit.schema.contract import ColumnSpec, Contract, InputSpec, Task
 from edgekit.schema.tensor import TensorSpec
 
 _NOT_CLASSES = ("embed", "feature", "reconstruct", "decoded")
+MAX_COLUMNS = 256
+"""More places on the last axis than this are no table."""
+MAX_CATEGORIES = 16
+SAMPLES_PER_CATEGORY = 10
+"""Fewer of each on average, and a column of whole numbers is a quantity, not a code."""
 
 
 def infer_contract(
-    data: Dataset, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], labels: tuple[str, ...] = ()
+    data: Dataset,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    labels: tuple[str, ...] = (),
+    *,
+    is_each_column: bool = False,
 ) -> Contract:
     """The contract of a model that was calibrated on this data.
 
     Args:
-        data: calibration data; its range per input becomes the contract's.
+        data: calibration data; its range per input becomes the contract's, and per column where a table named them. NaN is
+            missing.
         inputs: the model's inputs.
         outputs: the model's outputs; the first one holds the classes of a classifier on its last axis.
         labels: names of the classes in order; the data's own when empty.
+        is_each_column: every input [batch, k] is learned column by column, by number where there is no name.
 
     Raises:
         DataError: ``data.class_count`` when the names do not fit the number of classes.
@@ -38,7 +52,7 @@ def infer_contract(
     if task == "classification":
         _check_class_count(names, outputs[0], data.source)
     return Contract(
-        inputs=tuple(_input_spec(spec, data.inputs[spec.name]) for spec in inputs),
+        inputs=tuple(_input_spec(spec, data, is_each_column=is_each_column) for spec in inputs),
         outputs=tuple(outputs),
         task=task,
         labels=names if task == "classification" else (),
@@ -76,8 +90,59 @@ def _check_class_count(names: tuple[str, ...], output: TensorSpec, source: str) 
         )
 
 
-def _input_spec(spec: TensorSpec, array: Array) -> InputSpec:
-    return InputSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape, minimum=float(array.min()), maximum=float(array.max()))
+def _input_spec(spec: TensorSpec, data: Dataset, *, is_each_column: bool) -> InputSpec:
+    array = data.inputs[spec.name]
+    names = data.columns.get(spec.name, ())
+    if not names and is_each_column and array.ndim == 2:
+        names = tuple(str(place) for place in range(array.shape[1]))
+    is_tabular = array.ndim == 2 and 0 < len(names) == array.shape[1] <= MAX_COLUMNS
+    columns = tuple(_column_spec(name, array[:, place]) for place, name in enumerate(names)) if is_tabular else ()
+    low, high, missing = _range(array)
+    return InputSpec(
+        name=spec.name, dtype=spec.dtype, shape=spec.shape, minimum=low, maximum=high, missing_share=missing, columns=columns
+    )
+
+
+def learn_columns(contract: Contract, data: Dataset, names: Mapping[str, tuple[str, ...]]) -> Contract:
+    """The contract with columns of these names, learned from data, for inputs [batch, k] that have none yet.
+
+    Args:
+        contract: of the model.
+        data: its inputs; missing inputs are left alone.
+        names: by input, the k names in order.
+    """
+    inputs = []
+    for spec in contract.inputs:
+        array, known = data.inputs.get(spec.name), names.get(spec.name, ())
+        if spec.columns or array is None or array.ndim != 2 or array.shape[1] != len(known) or len(known) > MAX_COLUMNS:
+            inputs.append(spec)
+            continue
+        columns = tuple(_column_spec(name, array[:, place]) for place, name in enumerate(known))
+        inputs.append(msgspec.structs.replace(spec, columns=columns))
+    return msgspec.structs.replace(contract, inputs=tuple(inputs))
+
+
+def _column_spec(name: str, values: Array) -> ColumnSpec:
+    low, high, missing = _range(values)
+    return ColumnSpec(name=name, minimum=low, maximum=high, missing_share=missing, categories=_categories(values))
+
+
+def _range(array: Array) -> tuple[float | None, float | None, float]:
+    """Minimum, maximum and the share of NaN; no range where nothing is there."""
+    if array.dtype.kind != "f" or not (is_missing := np.isnan(array)).any():
+        return float(array.min()), float(array.max()), 0.0
+    known = array[~is_missing]
+    low, high = (float(known.min()), float(known.max())) if known.size else (None, None)
+    return low, high, round(1.0 - known.size / array.size, 6)
+
+
+def _categories(values: Array) -> tuple[float, ...]:
+    """The values of a column that holds codes: whole numbers, few of them, each of them often."""
+    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    found = np.unique(known)
+    is_coded = 2 <= len(found) <= MAX_CATEGORIES and len(known) >= SAMPLES_PER_CATEGORY * len(found)
+    is_coded = is_coded and bool((found == np.round(found)).all())
+    return tuple(float(value) for value in found) if is_coded else ()
 
 
 def check_feeds(contract: Contract, feeds: Mapping[str, Array]) -> None:
@@ -87,6 +152,23 @@ def check_feeds(contract: Contract, feeds: Mapping[str, Array]) -> None:
         DataError: ``data.missing_input``, ``data.unknown_input``, ``data.dtype``, ``data.shape``, ``data.empty`` or
             ``data.not_finite``.
     """
+    check_structure(contract, feeds)
+    for spec in contract.inputs:
+        array = feeds[spec.name]
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = np.argwhere(~np.isfinite(array))
+            raise DataError(
+                "data.not_finite",
+                f'input "{spec.name}" has {len(bad)} NaN or infinite values, the first at {describe_shape(bad[0].tolist())}.',
+            )
+
+
+def check_structure(contract: Contract, feeds: Mapping[str, Array]) -> None:
+    """Check names, types and shapes, not the values.
+
+    Raises:
+        DataError: as :func:`check_feeds`, but for ``data.not_finite``.
+    """
     _check_names(contract, feeds)
     sizes: dict[str, tuple[int, str]] = {}
     for spec in contract.inputs:
@@ -94,12 +176,6 @@ def check_feeds(contract: Contract, feeds: Mapping[str, Array]) -> None:
         if array.dtype != spec.dtype:
             raise DataError("data.dtype", f'input "{spec.name}" is {array.dtype.name}, expected {spec.dtype}.')
         _check_feed_shape(spec, array, sizes)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            bad = np.argwhere(~np.isfinite(array))
-            raise DataError(
-                "data.not_finite",
-                f'input "{spec.name}" has {len(bad)} NaN or infinite values, the first at {describe_shape(bad[0].tolist())}.',
-            )
 
 
 def _check_names(contract: Contract, feeds: Mapping[str, Array]) -> None:

@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ class Dataset:
 
     ``inputs`` are C-contiguous, of the model's declared types, [N, ...]. ``labels`` are int64 [N] for classes, else floats
     [N, ...]. ``class_names`` has the name of class i at place i, or is empty. ``source`` is what the user gave; ``notes`` say
-    what was done to the data on the way in (casts, columns left out).
+    what was done to the data on the way in (casts, columns left out). ``columns`` names the places on the last axis of an
+    input that was made of a table's columns.
     """
 
     inputs: dict[str, Array]
@@ -42,6 +43,7 @@ class Dataset:
     digest: str
     source: str
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -55,6 +57,7 @@ class Dataset:
             class_names=self.class_names,
             source=self.source,
             notes=self.notes,
+            columns=self.columns,
         )
 
     def batches(self, size: int) -> Iterator[tuple[dict[str, Array], Array | None]]:
@@ -74,6 +77,7 @@ def make_dataset(
     class_names: Sequence[str] = (),
     source: str,
     notes: Sequence[str] = (),
+    columns: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Dataset:
     """A data set of arrays that are known to be good, with its digest."""
     arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
@@ -85,6 +89,7 @@ def make_dataset(
         digest=digest_arrays(arrays, kept),
         source=source,
         notes=tuple(notes),
+        columns=dict(columns or {}),
     )
 
 

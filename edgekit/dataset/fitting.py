@@ -30,6 +30,8 @@ class RawData:
     labels: Array | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By input, the table's columns that it was made of, in order."""
 
 
 def fit(
@@ -39,6 +41,7 @@ def fit(
     source: str,
     limit: int | None = None,
     class_names: Sequence[str] = (),
+    is_missing_allowed: bool = False,
 ) -> Dataset:
     """Check everything and make the data set.
 
@@ -48,6 +51,7 @@ def fit(
         source: the user's word for the data, for messages.
         limit: keep at most this many samples, evenly spaced.
         class_names: names of the model's classes, to which labels written as text are matched.
+        is_missing_allowed: NaN in the inputs is kept, for learning a contract or for a guard that knows what to do with it.
 
     Raises:
         DataError: ``data.missing_input``, ``data.unknown_input``, ``data.shape``, ``data.dtype``, ``data.not_finite``,
@@ -61,14 +65,17 @@ def fit(
         fitted[spec.name] = fit_dtype(arrays[spec.name], spec, source, notes)
     count = _check_counts(fitted, source)
     for name, array in fitted.items():
-        check_finite(array, name, source)
+        if not is_missing_allowed:
+            check_finite(array, name, source)
     labels, names = _fit_labels(raw, count, tuple(class_names), source, notes)
     chosen = spread_indices(count, limit)
     if len(chosen) < count:
         fitted = {name: array[chosen] for name, array in fitted.items()}
         labels = None if labels is None else labels[chosen]
         notes.append(f"{len(chosen)} of {count} samples, evenly spaced")
-    return make_dataset(fitted, labels=labels, class_names=names, source=source, notes=notes)
+    shapes = {name: array.shape for name, array in fitted.items() if array.ndim > 1}
+    columns = {name: found for name, found in raw.columns.items() if name in shapes and shapes[name][-1] == len(found)}
+    return make_dataset(fitted, labels=labels, class_names=names, source=source, notes=notes, columns=columns)
 
 
 def _match_names(arrays: Mapping[str, Array], inputs: Sequence[TensorSpec], source: str) -> dict[str, Array]:

@@ -24,7 +24,12 @@ _KINDS = "an .npz, .csv or .parquet file, a folder of images by class, package.m
 
 
 def load_dataset(
-    spec: str, inputs: Sequence[TensorSpec], *, limit: int | None = None, class_names: Sequence[str] = ()
+    spec: str,
+    inputs: Sequence[TensorSpec],
+    *,
+    limit: int | None = None,
+    class_names: Sequence[str] = (),
+    is_missing_allowed: bool = False,
 ) -> Dataset:
     """Load samples for a model.
 
@@ -33,6 +38,7 @@ def load_dataset(
         inputs: the model's inputs; axis 0 of each is the sample.
         limit: keep at most this many samples, evenly spaced over the data, the same ones every time.
         class_names: the model's classes in order, where they are known; labels written as text are matched to them.
+        is_missing_allowed: NaN in the inputs is kept.
 
     Raises:
         DataError: ``data.not_found``, ``data.unreadable``, ``data.unsupported``, and what
@@ -44,7 +50,14 @@ def load_dataset(
     if not inputs:
         raise DataError("data.shape", f"{spec}: the model has no inputs to feed.")
     raw, is_limited = _read(spec, inputs, limit)
-    data = fit(raw, inputs, source=spec, limit=None if is_limited else limit, class_names=class_names)
+    data = fit(
+        raw,
+        inputs,
+        source=spec,
+        limit=None if is_limited else limit,
+        class_names=class_names,
+        is_missing_allowed=is_missing_allowed,
+    )
     _LOG.debug("loaded source=%s samples=%d digest=%s notes=%s", spec, len(data), data.digest, "; ".join(data.notes))
     return data
 

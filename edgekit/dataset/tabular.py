@@ -30,6 +30,15 @@ def read_csv(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
     Raises:
         DataError: ``data.unreadable``, ``data.empty``, ``data.missing_input`` or ``data.dtype``.
     """
+    return _assign(csv_columns(path), inputs, str(path))
+
+
+def csv_columns(path: Path) -> Columns:
+    """Every column of a CSV file by its name: int64, float64 (an empty cell is NaN), or text.
+
+    Raises:
+        DataError: ``data.unreadable`` or ``data.empty``.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))
@@ -44,8 +53,7 @@ def read_csv(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
         if len(row) != len(header):
             text = f"{path}: sample {number} has {len(row)} columns, the header has {len(header)}."
             raise DataError("data.unreadable", text, hint="Every row needs one value per column.")
-    columns = {name: _parse_column([row[i].strip() for row in rows[1:]]) for i, name in enumerate(header)}
-    return _assign(columns, inputs, str(path))
+    return {name: _parse_column([row[i].strip() for row in rows[1:]]) for i, name in enumerate(header)}
 
 
 def read_parquet(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
@@ -53,6 +61,16 @@ def read_parquet(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
 
     Raises:
         DataError: ``data.unreadable``, ``data.missing_input`` or ``data.dtype``.
+        EnvironmentFault: ``pyarrow.missing``.
+    """
+    return _assign(parquet_columns(path), inputs, str(path))
+
+
+def parquet_columns(path: Path) -> Columns:
+    """Every column of a Parquet file by its name, [N] or [N, k] for lists of one length.
+
+    Raises:
+        DataError: ``data.unreadable`` or ``data.shape``.
         EnvironmentFault: ``pyarrow.missing``.
     """
     try:
@@ -71,7 +89,7 @@ def read_parquet(path: Path, inputs: Sequence[TensorSpec]) -> RawData:
             columns[name] = _arrow_column(column, name, path, pa.types)
     except (OSError, pa.ArrowException) as error:
         raise DataError("data.unreadable", f"{path}: not a readable Parquet file: {error}.") from error
-    return _assign(columns, inputs, str(path))
+    return columns
 
 
 def _arrow_column(values: Any, name: str, path: Path, types: Any) -> Array:
@@ -124,13 +142,15 @@ def _assign(columns: Columns, inputs: Sequence[TensorSpec], source: str) -> RawD
     features = {name: array for name, array in columns.items() if name not in label_columns}
     used: set[str] = set()
     arrays: Columns = {}
+    made_of: dict[str, tuple[str, ...]] = {}
     for spec in inputs:
         names = _columns_of(spec, features, is_single=len(inputs) == 1, source=source)
         used.update(names)
+        made_of[spec.name] = tuple(names)
         arrays[spec.name] = _stack(spec, [_numeric(features, name, spec, source) for name in names])
     unused = [name for name in features if name not in used]
     notes = (f"columns left out: {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}",) if unused else ()
-    return RawData(arrays=arrays, labels=labels, notes=notes)
+    return RawData(arrays=arrays, labels=labels, notes=notes, columns=made_of)
 
 
 def _columns_of(spec: TensorSpec, features: Columns, *, is_single: bool, source: str) -> list[str]:

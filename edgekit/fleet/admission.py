@@ -17,14 +17,17 @@ from typing import Any
 import msgspec
 
 from edgekit.errors import ArtifactError
-from edgekit.schema.message import AnyMessage, Birth, Event, Reported, WindowBatch
+from edgekit.schema.message import AnyMessage, Birth, Event, InputSample, Label, Reported, WindowBatch
 
 MAX_INTEGER = 2**63 - 1
 MAX_TIME_MS = 253_402_300_799_999
 """The last millisecond of the year 9999."""
 MAX_TEXT = 4000
 MAX_ITEMS = 1000
+MAX_MERGED = 100_000
+"""Sequence numbers that one window may stand for."""
 _FIRST_SEQ = 1
+_STORED = (Birth, Event, Reported, WindowBatch, Label, InputSample)
 _TIMES = ("time_ms", "start_ms")
 
 
@@ -35,12 +38,15 @@ def check_message(message: AnyMessage) -> None:
         ArtifactError: ``telemetry.out_of_range``, naming the field.
     """
     kind = type(message).__name__
+    if isinstance(message, WindowBatch):
+        for window in message.windows:
+            _check_merged(window.merged, window.seq)
     for name, value in _fields(message):
         match value:
             case bool():
                 pass
             case int():
-                _check_integer(kind, name, value, is_stored=isinstance(message, (Birth, Event, Reported, WindowBatch)))
+                _check_integer(kind, name, value, is_stored=isinstance(message, _STORED))
             case str():
                 _check_text(kind, name, value)
             case tuple() | dict():
@@ -69,6 +75,19 @@ def _check_integer(kind: str, name: str, value: int, *, is_stored: bool) -> None
     highest = MAX_TIME_MS if name in _TIMES else MAX_INTEGER
     if not lowest <= value <= highest:
         raise ArtifactError("telemetry.out_of_range", f"{kind}.{name} is {value}: expected {lowest} to {highest}.")
+
+
+def _check_merged(merged: tuple[int, ...], seq: int) -> None:
+    """Ranges in order, not too many, that have the window's own number in them."""
+    if not merged:
+        return
+    ends = [*merged]
+    in_order = len(ends) % 2 == 0 and ends == sorted(ends) and ends[0] >= 1 and ends[-1] <= MAX_INTEGER
+    total = sum(ends[at + 1] - ends[at] + 1 for at in range(0, len(ends) - 1, 2)) if in_order else 0
+    if not in_order or total > MAX_MERGED or not ends[0] <= seq <= ends[-1]:
+        raise ArtifactError(
+            "telemetry.out_of_range", f"Window.merged: not ranges in order around {seq}, or more than {MAX_MERGED}."
+        )
 
 
 def _check_text(kind: str, name: str, value: str) -> None:

@@ -5,11 +5,13 @@
 [True, True, True, False]
 >>> seen.ranges, seen.count, seen.missing(5)
 ([(1, 2), (4, 4)], 3, 2)
+>>> seen.add_range(2, 9), seen.ranges
+(6, [(1, 9)])
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 
@@ -61,6 +63,17 @@ class SeqRanges:
             self._ends.insert(index + 1, seq)
         self.count += 1
         return True
+
+    def add_range(self, first: int, last: int) -> int:
+        """Note all numbers from first to last; how many of them are new."""
+        low, high = bisect_left(self._ends, first - 1), bisect_right(self._starts, last + 1)
+        before = sum(self._ends[at] - self._starts[at] + 1 for at in range(low, high))
+        if low < high:
+            first, last = min(first, self._starts[low]), max(last, self._ends[high - 1])
+        self._starts[low:high], self._ends[low:high] = [first], [last]
+        added = last - first + 1 - before
+        self.count += added
+        return added
 
     def missing(self, highest: int) -> int:
         """How many of 1..highest have not arrived."""

@@ -32,13 +32,13 @@ from edgekit.fleet.config import BrokerAddress
 from edgekit.fleet.store import Store
 from edgekit.fleet.views import IngestStatus
 from edgekit.fleet.writing import Fault, Received
-from edgekit.schema.message import AnyMessage, Birth, Death, Event, Heartbeat, Reported, WindowBatch
+from edgekit.schema.message import AnyMessage, Birth, Death, Event, Heartbeat, InputSample, Label, Reported, WindowBatch
 from edgekit.telemetry.codec import decode
 from edgekit.telemetry.topics import UPLINK, Verb, parse_topic, subscription
 
 logger = logging.getLogger(__name__)
 
-SHARED: tuple[Verb, ...] = ("w", "ev", "hb")
+SHARED: tuple[Verb, ...] = ("w", "ev", "hb", "lb", "x")
 """Shared within a group; ``status`` and ``rep`` are retained, and retained messages do not reach shared subscriptions."""
 MAX_BATCH = 500
 BATCH_SECONDS = 0.05
@@ -52,6 +52,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "w": (WindowBatch,),
     "ev": (Event,),
     "rep": (Reported,),
+    "lb": (Label,),
+    "x": (InputSample,),
 }
 
 

@@ -14,7 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row, and_, create_engine, distinct, event, func, insert, or_, select
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Row,
+    and_,
+    create_engine,
+    distinct,
+    event,
+    func,
+    insert,
+    inspect,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
@@ -32,6 +47,7 @@ from edgekit.fleet.views import (
     EventView,
     FleetView,
     GapView,
+    ModelView,
     ReleaseView,
     Series,
     SlotView,
@@ -56,6 +72,7 @@ _TROUBLE = {
     "install_failed": "warning",
     "install_refused": "warning",
     "messages_dropped": "warning",
+    "message_refused": "warning",
 }
 _TITLES = {
     "rolled_back": "rolled back from",
@@ -63,6 +80,7 @@ _TITLES = {
     "install_failed": "failed to install",
     "install_refused": "refused",
     "messages_dropped": "dropped messages",
+    "message_refused": "cannot publish",
 }
 _NO_LATEST = Latest()
 
@@ -109,6 +127,7 @@ class Store:
             tables.metadata.create_all(self._engine)
             with self._engine.begin() as connection:
                 self._check_version(connection, url)
+                _add_columns(connection)
         except SQLAlchemyError as error:
             raise EnvironmentFault(
                 "store.unreachable",
@@ -125,6 +144,8 @@ class Store:
         elif int(found) > tables.SCHEMA_VERSION:
             message = f"{url}: its schema is version {found}, this edgekit knows up to {tables.SCHEMA_VERSION}."
             raise EnvironmentFault("store.newer", message, hint="Update edgekit, or use another database.")
+        elif int(found) < tables.SCHEMA_VERSION:
+            connection.execute(update(row).where(row.c.key == "schema_version").values(value=str(tables.SCHEMA_VERSION)))
 
     def close(self) -> None:
         """Close every connection."""
@@ -331,6 +352,7 @@ class Store:
             specs = self._metrics(connection, item.id, item.boot)
             histogram = self._histogram(connection, item.id, now_ms - HISTOGRAM_MS)
             fault = self._fault(connection, site, device)
+            models = self._models(connection, item.id, now_ms - ATTENTION_MS)
         birth = decode(item.birth) if item.birth else None
         reported = decode(item.reported) if item.reported else None
         state = reported if isinstance(reported, Reported) else None
@@ -356,6 +378,7 @@ class Store:
             latency_histogram=histogram,
             refused_messages=fault.refused if fault else 0,
             last_refused=fault.error if fault else "",
+            models=models,
         )
 
     @staticmethod
@@ -366,13 +389,31 @@ class Store:
     @staticmethod
     def _gaps(connection: Connection, device_id: int) -> GapView:
         row = tables.boots
-        received = late = missing = 0
+        received = late = missing = lost = merged = 0
         for item in connection.execute(select(row).where(row.c.device_id == device_id)):
             ranges = SeqRanges(msgspec.msgpack.decode(item.received, type=list[tuple[int, int]]))
             received += ranges.count
             late += item.late
+            merged += item.merged
+            told = msgspec.msgpack.decode(item.lost, type=list[tuple[int, int]]) if item.lost else []
+            lost += sum(ranges.add_range(first, last) for first, last in told)
             missing += ranges.missing(item.given_out)
-        return GapView(received=received, late=late, missing=missing)
+        return GapView(received=received, late=late, missing=missing, lost=lost, merged=merged)
+
+    @staticmethod
+    def _models(connection: Connection, device_id: int, since_ms: int) -> tuple[ModelView, ...]:
+        row = tables.model_windows
+        names = ("requests", "errors", "rejected", "samples", "sketched", "labelled", "right")
+        statement = (
+            select(row.c.model_digest, *(func.sum(row.c[name]).label(name) for name in names))
+            .where(row.c.device_id == device_id, row.c.start_ms >= since_ms)
+            .group_by(row.c.model_digest)
+            .order_by(row.c.model_digest)
+        )
+        return tuple(
+            ModelView(model_digest=item.model_digest, **{name: int(getattr(item, name)) for name in names})
+            for item in connection.execute(statement)
+        )
 
     @staticmethod
     def _metrics(connection: Connection, device_id: int, boot: int) -> tuple[MetricSpec, ...]:
@@ -492,6 +533,18 @@ def _outdated(rows: Sequence[Row[Any]]) -> int:
     for item in rows:
         newest[item.model] = max(newest.get(item.model, 0), item.counter)
     return sum(item.counter < newest[item.model] for item in rows if item.model)
+
+
+def _add_columns(connection: Connection) -> None:
+    """What a table of an older edgekit lacks; only columns that may be empty are ever added."""
+    found = inspect(connection)
+    for table in tables.metadata.sorted_tables:
+        known = {column["name"] for column in found.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = column.type.compile(connection.dialect)
+                default = "" if column.nullable else " DEFAULT 0 NOT NULL"
+                connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}{default}"))
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -20,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -67,6 +68,9 @@ boots = Table(
     Column("schema", BigInteger, nullable=False, default=0),
     Column("metrics", LargeBinary, nullable=True),
     Column("sketches", LargeBinary, nullable=True),
+    Column("lost", LargeBinary, nullable=True),
+    Column("steps", LargeBinary, nullable=True),
+    Column("merged", BigInteger, nullable=False, default=0, server_default="0"),
 )
 
 windows = Table(
@@ -82,9 +86,66 @@ windows = Table(
     Column("vector", LargeBinary, nullable=False),
     Column("sketches", LargeBinary, nullable=True),
     Column("is_late", Boolean, nullable=False),
+    Column("merged", LargeBinary, nullable=True),
     sqlite_with_rowid=False,
 )
 Index("windows_by_time", windows.c.device_id, windows.c.start_ms)
+
+model_windows = Table(
+    "model_windows",
+    metadata,
+    Column("device_id", ForeignKey("devices.id"), primary_key=True),
+    Column("boot", BigInteger, primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("model_digest", String(16), primary_key=True),
+    Column("profile", BigInteger, primary_key=True),
+    Column("start_ms", BigInteger, nullable=False),
+    Column("duration_ms", BigInteger, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("rejected", BigInteger, nullable=False),
+    Column("samples", BigInteger, nullable=False),
+    Column("sketched", BigInteger, nullable=False),
+    Column("labelled", BigInteger, nullable=False),
+    Column("right", BigInteger, nullable=False),
+    Column("latency", LargeBinary, nullable=True),
+    Column("sketches", LargeBinary, nullable=True),
+    Column("verdicts", LargeBinary, nullable=True),
+    sqlite_with_rowid=False,
+)
+Index("model_windows_by_time", model_windows.c.model_digest, model_windows.c.start_ms)
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("device_id", ForeignKey("devices.id"), primary_key=True),
+    Column("boot", BigInteger, primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("model_digest", String(16), nullable=False),
+    Column("prediction_id", String(128), nullable=False),
+    Column("label", String(128), nullable=False),
+    Column("predicted", String(128), nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("is_counted", Boolean, nullable=False),
+)
+Index("labels_by_prediction", labels.c.device_id, labels.c.prediction_id)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("device_id", ForeignKey("devices.id"), primary_key=True),
+    Column("boot", BigInteger, primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("time_ms", BigInteger, nullable=False),
+    Column("model_digest", String(16), nullable=False),
+    Column("prediction_id", String(128), nullable=False),
+    Column("predicted", String(128), nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("redacted", String(1000), nullable=False),
+    Column("tensors", LargeBinary, nullable=False),
+)
+Index("samples_by_model", samples.c.model_digest, samples.c.time_ms)
 
 events = Table(
     "events",

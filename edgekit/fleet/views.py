@@ -26,11 +26,31 @@ class SlotView(Record, frozen=True, kw_only=True):
 
 
 class GapView(Record, frozen=True, kw_only=True):
-    """Stored messages of a device: received, of these late (from its spool), and known to be missing."""
+    """Stored messages of a device: received, of these late (from its spool), and known to be missing.
+
+    ``lost`` are those that the device said it gave up, ``missing`` those that nobody can explain yet. ``merged`` of the
+    received ones came as part of another window: nothing is lost but their resolution.
+    """
 
     received: int = 0
     late: int = 0
     missing: int = 0
+    lost: int = 0
+    merged: int = 0
+
+
+class ModelView(Record, frozen=True, kw_only=True):
+    """What one model did on a device in the last day; ``right`` of the ``labelled`` predictions were right."""
+
+    model_digest: str
+    """First 12 hex digits."""
+    requests: int = 0
+    errors: int = 0
+    rejected: int = 0
+    samples: int = 0
+    sketched: int = 0
+    labelled: int = 0
+    right: int = 0
 
 
 class DeviceView(Record, frozen=True, kw_only=True):
@@ -107,6 +127,7 @@ class DeviceDetail(Record, frozen=True, kw_only=True):
     """Messages on its topics that were malformed, or held what cannot be stored."""
     last_refused: str = ""
     """Why, for the last of them."""
+    models: tuple[ModelView, ...] = ()
 
 
 class Series(Record, frozen=True, kw_only=True):

@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit import counts
 from edgekit.errors import ArtifactError
 from edgekit.schema.baseline import ReferenceProfile, StreamProfile, Summary
+from edgekit.schema.contract import Contract
 
 Array = NDArray[Any]
 BINS = 32
@@ -38,8 +40,6 @@ MAX_CHANNELS = 4
 MAX_CLASSES = 256
 MIN_SAMPLES = 5000
 IMAGE_RANK = 4
-_MAX_CELLS = MAX_CLASSES * CONFIDENCE_BINS + 1
-_MAX_COUNT = 1 << 53
 _PROBABILITY_TOLERANCE = 1e-3
 
 
@@ -143,12 +143,12 @@ def count_values(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDA
     """Counts [E + 2]: the bins that E edges cut, then what is not a number. A value on an edge belongs to the bin below."""
     is_missing = np.isnan(values)
     present = values[~is_missing] if is_missing.any() else values
-    counts = np.zeros(edges.size + 2, dtype=np.int64)
+    cells = np.zeros(edges.size + 2, dtype=np.int64)
     bins = np.searchsorted(edges, present, side="left")
     bins[present == edges[0]] = 1  # the least value of the reference is no underflow
-    np.add.at(counts, bins, 1)
-    counts[-1] = int(is_missing.sum())
-    return counts
+    np.add.at(cells, bins, 1)
+    cells[-1] = int(is_missing.sum())
+    return cells
 
 
 def build_profile(
@@ -195,7 +195,7 @@ def _profiled(stream: StreamProfile, tensor: Array) -> StreamProfile:
     values = stream_values(stream, tensor)
     finite = values[np.isfinite(values)]
     edges = cut_edges(values)
-    counts = count_values(values, np.asarray(edges))
+    cells = count_values(values, np.asarray(edges))
     return StreamProfile(
         name=stream.name,
         kind=stream.kind,
@@ -203,8 +203,8 @@ def _profiled(stream: StreamProfile, tensor: Array) -> StreamProfile:
         summary=stream.summary,
         axis=stream.axis,
         edges=edges,
-        counts=tuple(counts[:-1].tolist()),
-        missing=int(counts[-1]),
+        counts=tuple(cells[:-1].tolist()),
+        missing=int(cells[-1]),
         mean=float(finite.mean()) if finite.size else 0.0,
         std=float(finite.std()) if finite.size else 0.0,
     )
@@ -214,17 +214,29 @@ def _class_stream(
     scores: str, table: tuple[NDArray[np.intp], NDArray[np.intp]], classes: int, labels: Array | None
 ) -> StreamProfile:
     predicted, bins = table
-    counts = np.zeros((classes, CONFIDENCE_BINS), dtype=np.int64)
-    np.add.at(counts, (predicted, bins), 1)
+    answered = np.zeros((classes, CONFIDENCE_BINS), dtype=np.int64)
+    np.add.at(answered, (predicted, bins), 1)
     right: tuple[int, ...] = ()
     if labels is not None and len(labels) == len(predicted):
-        hits = np.zeros_like(counts)
+        hits = np.zeros_like(answered)
         is_right = predicted == np.asarray(labels)
         np.add.at(hits, (predicted[is_right], bins[is_right]), 1)
         right = tuple(hits.ravel().tolist())
     return StreamProfile(
-        name=f"{scores}.confidence", kind="classes", tensor=scores, counts=tuple(counts.ravel().tolist()), right=right
+        name=f"{scores}.confidence", kind="classes", tensor=scores, counts=tuple(answered.ravel().tolist()), right=right
     )
+
+
+def bare_profile(contract: Contract) -> ReferenceProfile | None:
+    """What can be counted without a reference: a classifier's answers by class and confidence; None for anything else."""
+    last = contract.outputs[0].shape[-1] if contract.task == "classification" and contract.outputs[:1] else 0
+    classes = last if isinstance(last, int) and last > 0 else len(contract.labels)
+    if not 1 < classes <= MAX_CLASSES:
+        return None
+    scores = contract.outputs[0].name
+    cells = (0,) * (classes * CONFIDENCE_BINS)
+    stream = StreamProfile(name=f"{scores}.confidence", kind="classes", tensor=scores, counts=cells)
+    return ReferenceProfile(samples=0, streams=(stream,), classes=classes)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------------
@@ -266,42 +278,18 @@ class Sketcher:
 
     def take(self) -> tuple[bytes, ...]:
         """The encoded sketches since the last call, in the profile's order; they begin again from nothing."""
-        found = tuple(encode_counts(counts) for counts in self._counts)
-        for counts in self._counts:
-            counts[:] = 0
+        found = tuple(encode_counts(cells) for cells in self._counts)
+        for cells in self._counts:
+            cells[:] = 0
         return found
 
 
 # --- on the wire ------------------------------------------------------------------------------------------------------------
 
 
-def encode_counts(counts: NDArray[np.int64] | Sequence[int]) -> bytes:
-    """Counts as LEB128 varints; a zero is followed by how many more follow it. Trailing zeros are left out."""
-    values = np.asarray(counts, dtype=np.int64)
-    used = np.flatnonzero(values)
-    if not used.size:
-        return b""
-    out = bytearray()
-    numbers = values[: used[-1] + 1].tolist()
-    position = 0
-    while position < len(numbers):
-        number = numbers[position]
-        _put_varint(out, number)
-        position += 1
-        if not number:
-            end = position
-            while numbers[end] == 0:
-                end += 1
-            _put_varint(out, end - position)
-            position = end
-    return bytes(out)
-
-
-def _put_varint(out: bytearray, value: int) -> None:
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
+def encode_counts(values: NDArray[np.int64] | Sequence[int]) -> bytes:
+    """Counts in their one form on the wire; see :mod:`edgekit.counts`."""
+    return counts.encode_counts(np.asarray(values, dtype=np.int64).tolist())
 
 
 def decode_counts(data: bytes, *, cells: int) -> NDArray[np.int64]:
@@ -310,54 +298,4 @@ def decode_counts(data: bytes, *, cells: int) -> NDArray[np.int64]:
     Raises:
         ArtifactError: ``telemetry.malformed`` for anything that :func:`encode_counts` does not write.
     """
-    numbers = _varints(data)
-    counts = np.zeros(min(cells, _MAX_CELLS), dtype=np.int64)
-    position = index = 0
-    while index < len(numbers):
-        number, index = numbers[index], index + 1
-        if number:
-            if position >= counts.size or number > _MAX_COUNT:
-                raise _malformed(f"more than {cells} bins, or a count of {number}")
-            counts[position] = number
-            position += 1
-            continue
-        if index >= len(numbers):
-            raise _malformed("it ends after a zero")
-        position += 1 + numbers[index]
-        index += 1
-    if numbers and (position > counts.size or not numbers[-1] or encode_counts(counts) != data):
-        raise _malformed("not in its shortest form")
-    return counts
-
-
-def _varints(data: bytes) -> list[int]:
-    numbers: list[int] = []
-    value = shift = 0
-    for byte in data:
-        value |= (byte & 0x7F) << shift
-        if byte & 0x80:
-            shift += 7
-            if shift > 56:
-                raise _malformed("a number is too long")
-            continue
-        numbers.append(value)
-        value = shift = 0
-    if shift:
-        raise _malformed("it ends in the middle of a number")
-    return numbers
-
-
-def _malformed(why: str) -> ArtifactError:
-    return ArtifactError("telemetry.malformed", f"sketch: {why}.")
-
-
-def merge_encoded(parts: Sequence[bytes], *, cells: int) -> bytes:
-    """The sketch of all samples that some sketches saw.
-
-    Raises:
-        ArtifactError: ``telemetry.malformed``.
-    """
-    total = np.zeros(cells, dtype=np.int64)
-    for part in parts:
-        total += decode_counts(part, cells=cells)
-    return encode_counts(total)
+    return np.asarray(counts.decode_counts(data, cells=cells), dtype=np.int64)

@@ -16,7 +16,7 @@ from edgekit.repository.store import SERVED, Chain, Store, delegated_roles
 from edgekit.schema.digest import CHUNK_BYTES
 from edgekit.schema.release import Release
 
-_NEEDED = frozenset({"model", "golden"})
+_NEEDED = frozenset({"model", "golden", "baseline"})
 """What a device fetches; evidence stays in the repository."""
 
 

@@ -16,12 +16,13 @@ from edgekit.schema.base import SCHEMA_VERSION, Count, Moment, Record
 from edgekit.schema.candidate import Candidate
 from edgekit.schema.contract import Contract
 from edgekit.schema.digest import Digest
+from edgekit.schema.features import FeatureSet
 from edgekit.schema.target import RuntimeName
 from edgekit.schema.tensor import TensorData
 
 ModelName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?\Z")]
 ModelVersion = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-9A-Za-z])?\Z")]
-BlobRole = Literal["model", "golden", "candidate", "report", "card", "bom", "provenance", "signature"]
+BlobRole = Literal["model", "golden", "candidate", "report", "card", "bom", "provenance", "signature", "baseline"]
 MANIFEST_MEDIA_TYPE = "application/vnd.edgekit.manifest.v1+json"
 
 
@@ -111,6 +112,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     candidate: Candidate
     edgekit_version: str
     schema_version: int = SCHEMA_VERSION
+    features: FeatureSet | None = None
+    """How the model's inputs are made of raw samples; None: they come as they are."""
 
 
 class GoldenSample(Record, frozen=True, kw_only=True):
@@ -118,6 +121,23 @@ class GoldenSample(Record, frozen=True, kw_only=True):
 
     inputs: dict[str, TensorData]
     outputs: dict[str, TensorData]
+
+
+class GoldenFeatures(Record, frozen=True, kw_only=True):
+    """Raw samples with the model inputs that must come of them, and the model's outputs.
+
+    ``columns`` are pushed in ``chunks``, repeated, as a stream; without chunks they are one request, each row of which is one
+    expected sample. With ``is_exact`` the inputs must be equal to the last bit, else within a few roundings.
+    """
+
+    columns: dict[str, TensorData]
+    expected: tuple[GoldenSample, ...]
+    text: dict[str, tuple[str, ...]] = {}
+    """Columns that hold text."""
+    chunks: tuple[int, ...] = ()
+    is_exact: bool = True
+    source: str = ""
+    """Where the raw samples come from."""
 
 
 class GoldenSet(Record, frozen=True, kw_only=True):
@@ -133,3 +153,5 @@ class GoldenSet(Record, frozen=True, kw_only=True):
     is_top1_checked: bool = False
     tolerance_reason: str = ""
     schema_version: int = SCHEMA_VERSION
+    features: GoldenFeatures | None = None
+    """Of a release that has features."""

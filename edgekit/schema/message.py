@@ -12,6 +12,8 @@ counts from 1 within it, and (device, boot, seq) is the server's idempotency key
 | hb | Heartbeat | 0 | no |
 | w | WindowBatch | 1 | no |
 | ev | Event | 1 | no |
+| lb | Label | 1 | no |
+| x | InputSample | 1 | no |
 | rep | Reported | 1 | yes |
 
 ``time_ms`` is Unix time in milliseconds, UTC.
@@ -52,6 +54,8 @@ EventKind = Literal[
     "desired_refused",
     "desired_accepted",
     "precheck_failed",
+    "message_refused",
+    "clock_stepped",
 ]
 
 
@@ -127,8 +131,38 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="hb"):
     outbox: int = 0
 
 
+class ModelWindow(Message, frozen=True, kw_only=True):
+    """One model in one window: its own figures where several serve, and its sketches.
+
+    ``sketches`` are counts over the bins of the release's reference profile, in the order of its streams
+    (``edgekit.monitor.sketch``); ``sketched`` says how many of the samples they saw.
+    """
+
+    model_digest: str
+    """First 12 hex digits."""
+    requests: int = 0
+    samples: int = 0
+    sketched: int = 0
+    sketches: tuple[bytes, ...] = ()
+    latency: bytes = b""
+    """Where several models serve: its latencies, as the window's sketch has those of all."""
+    errors: int = 0
+    rejected: int = 0
+    verdicts: dict[str, int] = {}
+    """Exceptions that the input contract made: ``clip x.rate`` and how often."""
+    labelled: int = 0
+    """Predictions whose true label came in this window, and how many of them were right."""
+    right: int = 0
+    profile: int = 0
+    """CRC-32 of the reference profile as it travelled, so that counts are never read with other bins; 0: without one."""
+
+
 class Window(Message, frozen=True, kw_only=True):
-    """Aggregates of one window. ``sketches`` are encoded histograms in the birth's order, empty when nothing was seen."""
+    """Aggregates of one window. ``sketches`` are encoded histograms in the birth's order, empty when nothing was seen.
+
+    Under pressure a device merges old windows: one message then stands for others, too, whose sequence numbers are in
+    ``merged`` as first and last of each range. A server that has one of those already replaces it by the merged one.
+    """
 
     seq: int
     start_ms: int
@@ -137,6 +171,8 @@ class Window(Message, frozen=True, kw_only=True):
     model_digest: str = ""
     """First 12 hex digits of the model that served in the window."""
     sketches: tuple[bytes, ...] = ()
+    models: tuple[ModelWindow, ...] = ()
+    merged: tuple[int, ...] = ()
 
 
 class WindowBatch(Message, frozen=True, kw_only=True, tag="w"):
@@ -179,4 +215,50 @@ class Reported(Message, frozen=True, kw_only=True, tag="rep"):
     """Manifest digests that this device refuses."""
 
 
-AnyMessage = Birth | Death | Heartbeat | WindowBatch | Event | Reported
+class Label(Message, frozen=True, kw_only=True, tag="lb"):
+    """The true answer to a prediction, for those that the device could not count itself, or that somebody looks into.
+
+    ``predicted`` and ``confidence`` are set where the device still knew the prediction; it has counted those already.
+    """
+
+    boot: int
+    seq: int
+    time_ms: int
+    model_digest: str
+    """First 12 hex digits of the model that serves now."""
+    prediction_id: str
+    label: str
+    """The class's name where the release names its classes, else its index."""
+    predicted: str = ""
+    confidence: float = 0.0
+    is_counted: bool = False
+    """Whether the device has this label in a window's ``labelled`` already."""
+
+
+class SampleTensor(Message, frozen=True, kw_only=True):
+    """One input of a sample: C order, little endian; ``encoding`` is empty or ``zlib``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    encoding: str = ""
+
+
+class InputSample(Message, frozen=True, kw_only=True, tag="x"):
+    """One live input that the device's owner agreed to give, after redaction."""
+
+    boot: int
+    seq: int
+    time_ms: int
+    model_digest: str
+    """First 12 hex digits."""
+    prediction_id: str
+    tensors: tuple[SampleTensor, ...]
+    predicted: str = ""
+    confidence: float = 0.0
+    redacted: tuple[str, ...] = ()
+    """The rules that were applied."""
+
+
+AnyMessage = Birth | Death | Heartbeat | WindowBatch | Event | Reported | Label | InputSample

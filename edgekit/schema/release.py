@@ -66,6 +66,8 @@ class ReleaseInfo(Record, frozen=True, kw_only=True):
     valid_until: Moment | None = None
     """From then on a device does what ``fallback`` says, online or not."""
     fallback: Fallback = "report"
+    allows_contract_change: bool = False
+    """Inputs, outputs or labels may differ from those of the release that serves: its clients are ready for it."""
 
 
 class Release(Record, frozen=True, kw_only=True):

@@ -61,6 +61,51 @@ class Floors(Record, frozen=True, kw_only=True):
     delegated: dict[str, int] = {}
 
 
+class Probation(Record, frozen=True, kw_only=True):
+    """The active slot's model has not earned its place yet: what it did so far on live traffic, over all restarts."""
+
+    slot: SlotName
+    manifest: Digest
+    counter: int
+    starts: int = 0
+    """Starts of the agent since, that no clean stop ended."""
+    crashes: int = 0
+    inferences: int = 0
+    failures: int = 0
+    bad_outputs: int = 0
+    served_s: float = 0.0
+    baseline_ms: float = 0.0
+    """p95 of the model before; 0 when it did not answer enough."""
+
+
+class Attempt(Record, frozen=True, kw_only=True):
+    """An installation that is under way, and how often the device died in it before.
+
+    ``size_bytes`` is what had been downloaded: a download that goes on after each power cut is no loop.
+    """
+
+    manifest: Digest
+    phase: str
+    interruptions: int = 0
+    """Deaths in steps that load no model."""
+    deaths: int = 0
+    """In the self-test and after it."""
+    size_bytes: int = 0
+
+
+class Outcome(Record, frozen=True, kw_only=True):
+    """What became of a release; it stays here until the report of it is on the disk. ``id`` lets a reader count it once."""
+
+    id: str
+    kind: Literal["committed", "rolled_back", "install_refused"]
+    model: str
+    version: str
+    counter: int
+    detail: str
+    code: str = ""
+    fields: dict[str, str | int | float | bool] = {}
+
+
 class AgentState(Record, frozen=True, kw_only=True):
     """Everything that must survive a power cut. One JSON file, replaced atomically."""
 
@@ -78,6 +123,31 @@ class AgentState(Record, frozen=True, kw_only=True):
     attempts: int = 0
     """Self-tests of the intent that were begun: a device that dies in each of them must stop trying."""
     schema_version: int = SCHEMA_VERSION
+    step: str = ""
+    """Within the phase: ``precheck``, ``shadow``, ``probation``. A text: older agents skip it, and know the phases only."""
+    probation: Probation | None = None
+    attempt: Attempt | None = None
+    outcomes: tuple[Outcome, ...] = ()
+    desired_seq: int = 0
+    """Of the desired state that this device accepted last."""
+    scrubbed_at: datetime | None = None
+
+
+Source = Literal["slot", "factory", "nothing"]
+
+
+class ModelStatus(Record, frozen=True, kw_only=True):
+    """One model of a running agent."""
+
+    name: str
+    channel: str
+    state: AgentState
+    serves: Source
+    version: str = ""
+    model_digest: Digest | None = None
+    absence: str = ""
+    last_error: str = ""
+    last_error_code: str = ""
 
 
 class AgentStatus(Record, frozen=True, kw_only=True):
@@ -97,3 +167,9 @@ class AgentStatus(Record, frozen=True, kw_only=True):
     requests: int
     errors: int
     rss_mb: float
+    models: tuple[ModelStatus, ...] = ()
+    """All of them; ``state`` is the first one's."""
+    instance: str = ""
+    """Drawn at the agent's start: who asks sees that it is the one of that state folder."""
+    paused_until: datetime | None = None
+    """Updates wait until then."""

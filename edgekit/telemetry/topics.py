@@ -13,10 +13,10 @@ from typing import Literal, cast, get_args
 
 from edgekit.errors import ArtifactError, UsageError
 
-Verb = Literal["status", "hb", "w", "x", "ev", "rep", "des", "cmd", "rsp"]
+Verb = Literal["status", "hb", "w", "x", "ev", "lb", "rep", "des", "cmd", "rsp"]
 ROOT = "ek/1"
 VERBS: tuple[Verb, ...] = get_args(Verb)
-UPLINK: tuple[Verb, ...] = ("status", "hb", "w", "ev", "rep")
+UPLINK: tuple[Verb, ...] = ("status", "hb", "w", "ev", "rep", "lb", "x")
 """What a device publishes and the fleet server stores."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 

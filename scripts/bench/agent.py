@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""The agent's figures on this machine: memory, added latency, the hot swap under load, telemetry volume.
+"""The agent's figures on this machine: memory, start, idle CPU, size, added latency, the hot swap under load, telemetry volume.
 
-    scripts/bench/agent.py                       everything, about four minutes
+    scripts/bench/agent.py                       everything, about eight minutes
     scripts/bench/agent.py --only memory,swap    some of it
     scripts/bench/agent.py --json                the figures as JSON on stdout
 
-Needs the checkout's environment (extras optimize, agent, fleet) and the sample model. Everything runs on loopback.
+Needs the checkout's environment (extras optimize, agent, fleet) and the sample model. Everything runs on loopback. The agent
+itself runs in an environment of its own with nothing but the extra ``agent``, as on a device: it is made the first time, in
+``~/.cache/edgekit-bench`` (``EDGEKIT_BENCH_PYTHON`` names another interpreter).
 """
 
 from __future__ import annotations
@@ -53,8 +55,19 @@ from edgekit.telemetry.codec import decode
 from edgekit.trust.signer import generate_signer
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_models" / "fashion-mnist"
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE_VENV = Path.home() / ".cache" / "edgekit-bench" / "device"
+DEVICE_PYTHON = os.environ.get("EDGEKIT_BENCH_PYTHON") or str(DEVICE_VENV / "bin" / "python")
+"""The development environment has packages that a device has not (cryptography alone: 8 MB of memory)."""
+LARGE_BYTES = 4_000_000
+IDLE_SECONDS = 60.0
+STARTS = 7
+RUNTIME_PARTS = frozenset(
+    {"numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging", "ai-edge-litert", "pip", "setuptools"}
+)
+"""What is not edgekit's: numpy, the runtime and what the runtime needs, and what every environment has."""
 MODEL = "fashion"
-RATE = 200.0
+RATE = 500.0
 BARE = """
 import sys, numpy as np
 from pathlib import Path
@@ -64,10 +77,26 @@ settings = ort.SessionOptions()
 settings.intra_op_num_threads = 1
 session = ort.InferenceSession(sys.argv[1], settings, providers=["CPUExecutionProvider"])
 x = np.zeros((1, 1, 28, 28), np.float32)
-for _ in range(50):
+for _ in range(1 if len(sys.argv) > 2 else 50):
     session.run(None, {session.get_inputs()[0].name: x})
-print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096, flush=True)
+pss = next(line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
+print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096, int(pss.split()[1]) * 1024, flush=True)
 """
+
+
+def device_environment() -> dict[str, str]:
+    """This checkout's code, whatever environment the interpreter is of."""
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def make_device_environment() -> None:
+    """The extra ``agent`` and nothing else."""
+    if Path(DEVICE_PYTHON).exists():
+        return
+    say(f"making {DEVICE_VENV} ...")
+    subprocess.run([sys.executable, "-m", "venv", str(DEVICE_VENV)], check=True)
+    install = [DEVICE_PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check", f"{ROOT}[agent]"]
+    subprocess.run([*install, "--constraint", str(ROOT / "scripts" / "constraints.txt")], check=True)
 
 
 def opener(model: Path, *, threads: int, is_optimized: bool) -> Session:
@@ -92,6 +121,12 @@ def rss_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def pss_mb(pid: int) -> float:
+    """Resident memory of one process, what it shares with others counted in parts."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")) / 1e6
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until it is truthy."""
     deadline = time.monotonic() + seconds
@@ -100,6 +135,32 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
             return found
         time.sleep(0.05)
     raise SystemExit("timed out")
+
+
+def padded_model(padding: int) -> onnx.ModelProto:
+    """The sample model with that many bytes of weights more, which it runs through: x + 0 * mean(w)."""
+    model = onnx.load(SAMPLE / "model.onnx")
+    if not padding:
+        return model
+    graph, name = model.graph, model.graph.output[0].name
+    weights = np.random.default_rng(0).normal(size=padding // 4).astype(np.float32)
+    for node in graph.node:
+        node.output[:] = ["before_padding" if each == name else each for each in node.output]
+    zero = onnx.numpy_helper.from_array(np.zeros((), np.float32), "padding_zero")
+    graph.initializer.extend([onnx.numpy_helper.from_array(weights, "padding"), zero])
+    axes = {"keepdims": 0}
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Add", ["padding", "before_padding_0"], ["padding_sum"]),
+            onnx.helper.make_node("ReduceMean", ["padding_sum"], ["padding_mean"], **axes),
+            onnx.helper.make_node("Mul", ["padding_mean", "padding_zero"], ["padding_nothing"]),
+            onnx.helper.make_node("Add", ["before_padding", "padding_nothing"], [name]),
+        ]
+    )
+    graph.node.insert(
+        len(graph.node) - 4, onnx.helper.make_node("ReduceMean", ["before_padding"], ["before_padding_0"], **axes)
+    )
+    return model
 
 
 class World:
@@ -114,9 +175,9 @@ class World:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def publish(self, version: str) -> None:
-        """The sample model; a version's document string makes its bytes its own."""
-        model = onnx.load(SAMPLE / "model.onnx")
+    def publish(self, version: str, *, padding: int = 0) -> None:
+        """The sample model; a version's document string makes its bytes its own. ``padding`` bytes of weights are added."""
+        model = padded_model(padding)
         model.doc_string = version
         folder = self.folder / f"candidate-{version}"
         folder.mkdir()
@@ -150,14 +211,16 @@ class World:
 class Agent:
     """One agent process."""
 
-    def __init__(self, world: World, name: str, *extra: str) -> None:
+    def __init__(self, world: World, name: str, *extra: str, is_waited_for: bool = True) -> None:
         self.port = free_port()
         self.log = (world.folder / f"{name}.log").open("wb")
         root = world.repository / "metadata" / "1.root.json"
         arguments = ["agent", "run", "--device", name, "--state-dir", str(world.folder / name), "--repository", world.url]
         arguments += ["--root", str(root), "--model", MODEL, "--port", str(self.port), "--poll-s", "1", *extra]
-        self.process = subprocess.Popen([sys.executable, "-m", "edgekit", *arguments], stderr=self.log, stdout=self.log)
-        wait_for(lambda: self.get("/v2/health/live"))
+        command = [DEVICE_PYTHON, "-m", "edgekit", *arguments]
+        self.process = subprocess.Popen(command, stderr=self.log, stdout=self.log, env=device_environment())
+        if is_waited_for:
+            wait_for(lambda: self.get("/v2/health/live"))
 
     def get(self, path: str) -> Any:
         """JSON, or None."""
@@ -179,8 +242,13 @@ class Agent:
     def memory(self) -> dict[str, float]:
         """Resident memory by process."""
         wait_for(lambda: len(self.workers()) == 1)
-        supervisor, worker = rss_mb(self.process.pid), rss_mb(self.workers()[0])
-        return {"supervisor_mb": supervisor, "worker_mb": worker, "sum_mb": supervisor + worker}
+        supervisor, worker = self.process.pid, self.workers()[0]
+        return {
+            "supervisor_mb": rss_mb(supervisor),
+            "worker_mb": rss_mb(worker),
+            "sum_mb": rss_mb(supervisor) + rss_mb(worker),
+            "sum_pss_mb": pss_mb(supervisor) + pss_mb(worker),
+        }
 
     def stop(self) -> None:
         """End it."""
@@ -251,13 +319,19 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 def bench_memory(world: World) -> dict[str, Any]:
-    """RSS without and with a model, beside a bare script's that loads and runs the same model."""
-    done = subprocess.run([sys.executable, "-c", BARE, str(SAMPLE / "model.onnx")], capture_output=True, text=True, check=True)
+    """RSS and PSS without and with a model of 4 MB, beside a bare script's that loads and runs the same model."""
+    model = world.folder / "bare.onnx"
+    onnx.save(padded_model(LARGE_BYTES), model)
+    command = [DEVICE_PYTHON, "-c", BARE, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=device_environment())
+    bare_rss, bare_pss = (int(value) / 1e6 for value in done.stdout.split())
     empty = World(Path(tempfile.mkdtemp(dir=world.folder)))
     with agent_of(empty, "idle") as agent:
         time.sleep(3)
         idle = agent.memory()
-    with agent_of(world, "memory") as agent:
+    large = World(Path(tempfile.mkdtemp(dir=world.folder)))
+    large.publish("1.0.0", padding=LARGE_BYTES)
+    with agent_of(large, "memory") as agent:
         agent.wait_served("1.0.0")
         _, plain, _ = image_bodies(50)
         wire = Wire(agent.port)
@@ -266,7 +340,88 @@ def bench_memory(world: World) -> dict[str, Any]:
                 wire.ask(message)
         time.sleep(2)
         serving = agent.memory()
-    return {"bare_script_mb": int(done.stdout) / 1e6, "idle": idle, "serving": serving}
+    return {
+        "bare_script": {"rss_mb": bare_rss, "pss_mb": bare_pss},
+        "idle": idle,
+        "serving": serving,
+        "over_bare": {"rss_mb": serving["sum_mb"] - bare_rss, "pss_mb": serving["sum_pss_mb"] - bare_pss},
+    }
+
+
+def bench_idle(world: World) -> dict[str, Any]:
+    """Processor time of supervisor and worker while nothing is asked of them, at default settings, percent of one core."""
+    with agent_of(world, "quiet", "--poll-s", "60") as agent:
+        agent.wait_served("1.0.0")
+        time.sleep(15)
+        pids = [agent.process.pid, *agent.workers()]
+        before = [cpu_ticks(pid) for pid in pids]
+        time.sleep(IDLE_SECONDS)
+        used = [(cpu_ticks(pid) - old) / os.sysconf("SC_CLK_TCK") for pid, old in zip(pids, before, strict=True)]
+        # What a start of the poll's child or of another process costs is in the supervisor's waited-for children.
+    names = ["supervisor_percent", "worker_percent"]
+    found = {name: 100 * seconds / IDLE_SECONDS for name, seconds in zip(names, used, strict=True)}
+    return found | {"sum_percent": sum(found.values()), "seconds": IDLE_SECONDS}
+
+
+def cpu_ticks(pid: int) -> int:
+    """Of a process and the children that it waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(int(field) for field in fields[11:15])
+
+
+def bench_start(world: World) -> dict[str, Any]:
+    """From the start of the process to the first answer of an installed model, beside a bare script's first result."""
+    _, plain, _ = image_bodies(1)
+    model = world.folder / "start.onnx"
+    onnx.save(padded_model(0), model)
+    with agent_of(world, "cold") as agent:
+        agent.wait_served("1.0.0")
+    bare, served = [], []
+    for _ in range(STARTS):
+        started = time.perf_counter()
+        child = subprocess.Popen(
+            [DEVICE_PYTHON, "-c", BARE, str(model), "first"], stdout=subprocess.PIPE, text=True, env=device_environment()
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        bare.append(time.perf_counter() - started)
+        child.wait()
+        started = time.perf_counter()
+        agent = Agent(world, "cold", is_waited_for=False)
+        try:
+            while True:
+                with contextlib.suppress(OSError, SystemExit, IndexError):
+                    wire = Wire(agent.port)
+                    wire.ask(plain[0])
+                    break
+                time.sleep(0.005)
+            served.append(time.perf_counter() - started)
+        finally:
+            agent.stop()
+    return {
+        "bare_s": statistics.median(bare),
+        "agent_s": statistics.median(served),
+        "ratio": statistics.median(served) / statistics.median(bare),
+        "starts": STARTS,
+    }
+
+
+SIZES = """
+import importlib.metadata as m, json, os, sys
+from pathlib import Path
+found = {}
+for each in m.distributions():
+    files = [Path(each.locate_file(file)) for file in each.files or []]
+    found[each.metadata["Name"]] = sum(file.stat().st_size for file in files if file.is_file())
+print(json.dumps(found))
+"""
+
+
+def bench_size(_world: World) -> dict[str, Any]:
+    """Installed bytes of edgekit and what it needs, compiled modules included, without numpy and the runtime."""
+    done = subprocess.run([DEVICE_PYTHON, "-c", SIZES], capture_output=True, text=True, check=True)
+    found = {name: size / 1e6 for name, size in json.loads(done.stdout).items() if name not in RUNTIME_PARTS}
+    return {"sum_mb": sum(found.values())} | dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def bench_latency(world: World, rounds: int = 3000) -> dict[str, Any]:
@@ -344,7 +499,7 @@ async def _load(port: int, message: bytes, halt: asyncio.Event, results: list[tu
 
 
 def bench_swap(world: World, swaps: int = 3) -> dict[str, Any]:
-    """Requests at 200/s while the model is swapped; latency counts from the due time."""
+    """Requests at 500/s while the model is swapped; latency counts from the due time."""
     _, plain, _ = image_bodies(1)
     results: list[tuple[float, float, str]] = []
     spans: list[tuple[float, float]] = []
@@ -443,7 +598,15 @@ def show(found: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{name}: {f'{value:.3f}' if isinstance(value, float) else value}")
 
 
-BENCHES = {"memory": bench_memory, "latency": bench_latency, "swap": bench_swap, "telemetry": bench_telemetry}
+BENCHES = {
+    "memory": bench_memory,
+    "start": bench_start,
+    "idle": bench_idle,
+    "size": bench_size,
+    "latency": bench_latency,
+    "swap": bench_swap,
+    "telemetry": bench_telemetry,
+}
 
 
 def republish(version: str, folder: Path) -> None:
@@ -463,6 +626,7 @@ def main() -> None:
     if options.publish:
         republish(options.publish[0], Path(options.publish[1]))
         return
+    make_device_environment()
     found: dict[str, Any] = {"edgekit": __version__, "machine": os.uname().machine, "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
         world = World(Path(folder))

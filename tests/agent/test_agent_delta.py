@@ -88,10 +88,8 @@ def test_metered_link_and_no_usable_delta(world, make_agent, is_allowed):
     agent = make_agent().start()
     agent.wait_served("1.0")
     agent.stop()
-    text = (
-        agent.config.read_text() + f"\nmetered = true\nmetered_limit_bytes = 1000\nmetered_full = {str(is_allowed).lower()}\n"
-    )
-    agent.config.write_text(text)
+    text = f"metered = true\nmetered_limit_bytes = 1000\nmetered_full = {str(is_allowed).lower()}\n"
+    agent.config.write_text(text + agent.config.read_text())
     put(world, "2.0", noise=0.01, maker=None)
     agent.start()
     if is_allowed:

@@ -297,7 +297,11 @@ def test_accepting_out_of_descriptors_waits_instead_of_spinning(monkeypatch):
             return getattr(self.listener, name)
 
     async def test(server, port):
-        exhausted = server._listener = Exhausted(server._listener)
+        (listener,) = server._listeners
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+        server._listeners.clear()
+        exhausted = Exhausted(listener)
+        server.start(exhausted)
         asking = asyncio.ensure_future(exchange(port, b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n"))
         await asyncio.sleep(0.1)
         assert exhausted.calls == 1

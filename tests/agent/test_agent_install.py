@@ -131,6 +131,7 @@ def test_unreachable_repository_stops_nothing(world, make_agent):
 
 STEPS = (
     "fetch",
+    "precheck",
     "fetched_blob",
     "stage",
     "staging",
@@ -141,6 +142,9 @@ STEPS = (
     "switched",
     "report",
     "reported",
+    "committing",
+    "committed",
+    "telling",
 )
 
 
@@ -151,32 +155,32 @@ def halfway(tmp_path_factory):
     world = World(folder)
     world.publish("1.0", seed=1)
     agent = Agent(folder, repository=world.url, root=str(world.root)).start()
-    agent.wait_served("1.0")
+    agent.wait_committed("1.0")
     agent.stop()
     world.publish("2.0", seed=2)
     yield world, agent.state_dir
     world.stop()
 
 
+@pytest.mark.fault("F1")
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_a_step_comes_back_servable(halfway, tmp_path, request, step):
     world, template = halfway
     agent = Agent(tmp_path, repository=world.url, root=str(world.root))
     request.addfinalizer(agent.stop)
-    shutil.copytree(template, agent.state_dir)
+    shutil.copytree(template, agent.state_dir, ignore=shutil.ignore_patterns("inbox"))
     agent.start(EDGEKIT_FAULT=f"kill:{step}")
     assert agent.process.wait(30) == -signal.SIGKILL
     world.stop()
     agent.start()
     wait_for(lambda: agent.served() in {"1.0", "2.0"}, what="a servable state without the repository")
     assert agent.infer([0, 0, 0, 0])[0] == 200
-    if step in {"switched", "report", "reported"}:
+    if step in {"switched", "report", "reported", "committing", "committed", "telling"}:
         assert agent.served() == "2.0"
     world.start()
     agent.wait_served("2.0")
-    state = agent.wait_status(lambda body: body["state"]["phase"] == "idle")["state"]
-    assert state["floors"]["releases"] == {"m": 2}
-    assert state["refusals"] == []
+    state = agent.wait_status(lambda body: body["state"]["floors"]["releases"] == {"m": 2}, what="the commit")["state"]
+    assert (state["phase"], state["probation"], state["refusals"]) == ("idle", None, [])
 
 
 def test_killed_while_refusing_refuses_once_more_or_remembers(world, make_agent):
@@ -193,6 +197,7 @@ def test_killed_while_refusing_refuses_once_more_or_remembers(world, make_agent)
     assert [refusal["version"] for refusal in found["state"]["refusals"]] == ["2.0"]
 
 
+@pytest.mark.fault("F2")
 def test_device_that_dies_in_every_self_test_stops_trying(world, make_agent):
     world.publish("1.0", seed=1)
     agent = make_agent().start()
@@ -227,7 +232,7 @@ def test_worker_that_keeps_dying_falls_back_to_the_other_slot(world, make_agent)
     agent = make_agent().start()
     agent.wait_served("1.0")
     world.publish("2.0", seed=2)
-    agent.wait_served("2.0")
+    agent.wait_committed("2.0")
     wait_for(lambda: len(agent.worker_pids()) == 1, what="the old worker's end")
     for _ in range(3):
         agent.wait_served("2.0")
@@ -240,12 +245,13 @@ def test_worker_that_keeps_dying_falls_back_to_the_other_slot(world, make_agent)
     assert agent.logged("event=rolled_back")
 
 
+@pytest.mark.fault("F24")
 def test_damaged_active_slot_falls_back_at_start_and_is_fetched_again(world, make_agent):
     world.publish("1.0", seed=1)
     agent = make_agent().start()
     agent.wait_served("1.0")
     world.publish("2.0", seed=2)
-    agent.wait_served("2.0")
+    agent.wait_committed("2.0")
     state = agent.status()["state"]
     agent.stop()
     world.stop()
@@ -260,6 +266,7 @@ def test_damaged_active_slot_falls_back_at_start_and_is_fetched_again(world, mak
     agent.wait_served("2.0")
 
 
+@pytest.mark.fault("F30")
 def test_second_agent_on_the_same_state_folder_refused(make_agent):
     agent = make_agent().start()
     wait_for(lambda: agent.get("/v2/health/live")[0] == 200)

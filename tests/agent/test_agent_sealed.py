@@ -78,7 +78,7 @@ def test_sealed_release_opened_and_served(world, make_agent, device, stranger):
     agent = make_agent(age_identity=str(device.private)).start()
     agent.wait_served("1.0")
     publish_sealed(world, "2.0", [stranger.recipient, device.recipient], seed=2)
-    agent.wait_served("2.0")
+    agent.wait_committed("2.0")
     x = [0.1, -0.2, 0.3, 0.4]
     _, headers, body = agent.infer(x)
     np.testing.assert_allclose(body["outputs"][0]["data"], np.array(x, np.float32) @ build_model(2)[1], atol=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgekit.agent.config import AgentConfig
+from edgekit.agent.config import AgentConfig, ProbationConfig
 from edgekit.agent.plan import DeviceFacts, active_slot, make_plan, slot_of
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.state_store import DirLock, StateStore, prepare_dir
@@ -70,6 +70,7 @@ class Bench:
     """An installer over a temporary state folder."""
 
     def __init__(self, folder: Path, **settings):
+        settings = {"probation": ProbationConfig(inferences=0, seconds=0)} | settings
         self.config = AgentConfig(device="d", state_dir=str(folder), model="m", disk_reserve_bytes=0, **settings)
         prepare_dir(folder)
         self.folder, self.shelf = folder, Shelf()

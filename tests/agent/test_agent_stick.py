@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from datetime import UTC, datetime, timedelta
 
@@ -39,7 +40,7 @@ def refused(world, stick, **changes) -> str:
 
 
 def install(agent, stick):
-    return Inbox(agent.state_dir).ask(InstallRequest(id=str(stick), stick=str(stick)), timeout_s=30)
+    return Inbox(agent.state_dir).ask(InstallRequest(id=secrets.token_hex(8), stick=str(stick)), timeout_s=30)
 
 
 def test_stick_long_after_the_timestamp_expired(world, stick):

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from edgekit.agent.windows import METRICS, SKETCHES
+from edgekit.counts import decode_counts
 from edgekit.schema.message import Birth, Death, Event, Heartbeat, Reported, WindowBatch
 from edgekit.telemetry.codec import schema_crc, unpack_values
 from edgekit.telemetry.histogram import LatencyHistogram
@@ -151,23 +152,28 @@ def test_killed_agent_leaves_its_will(make_agent, listener):
     assert death.boot == listener.of(Birth)[0].boot
 
 
-def test_full_spool_tells_what_it_dropped(make_agent, listener):
+def test_full_spool_merges_old_windows_and_loses_nothing(world, make_agent, listener):
+    world.publish("1.0", seed=1)
     agent = make_agent(**settings(listener, window_s=0.02, outbox_bytes=24_000)).start()
-    agent.wait_status(lambda body: body["outbox_messages"] > 20)
-    wait_for(lambda: agent.logged("event=messages_dropped"), what="a full spool")
+    agent.wait_served("1.0")
+    for _ in range(30):
+        assert agent.infer([0.1, 0.2, 0.3, 0.4])[0] == 200
+    agent.wait_status(lambda body: body["uptime_s"] > 6)
     assert agent.status()["outbox_bytes"] <= 25_000
     listener.start()
-    wait_for(lambda: [e for e in listener.of(Event) if e.kind == "messages_dropped"], what="the loss report")
     agent.wait_status(lambda body: body["is_broker_connected"] and body["outbox_messages"] < 5)
     agent.stop()
-    wait_for(lambda: listener.of(Death))
-    (seqs,) = listener.seqs().values()
-    told = {
-        seq
-        for event in listener.of(Event)
-        if event.kind == "messages_dropped"
-        for seq in range(int(event.fields["first_seq"]), int(event.fields["last_seq"]) + 1)
-    }
-    missing = set(range(1, max(seqs) + 1)) - set(seqs)
-    assert missing
-    assert missing <= told
+    wait_for(lambda: listener.of(Death), what="the goodbye")
+    wait_for(lambda: is_whole(listener), what="every seq")
+    merged = [window for window in windows_of(listener) if window.merged]
+    assert merged
+    assert not [event for event in listener.of(Event) if event.kind == "messages_dropped"]
+    assert sum(values_of(window)["requests"] for window in windows_of(listener)) == 30
+    latencies = LatencyHistogram()
+    for window in windows_of(listener):
+        latencies.merge(LatencyHistogram.decode(window.sketches[0]) if window.sketches else LatencyHistogram())
+    assert latencies.count == 30
+    (model,) = {model.model_digest for window in windows_of(listener) for model in window.models}
+    assert sum(model.requests for window in windows_of(listener) for model in window.models) == 30
+    answers = [decode_counts(model.sketches[0], cells=60) for window in windows_of(listener) for model in window.models]
+    assert sum(map(sum, answers)) == 30

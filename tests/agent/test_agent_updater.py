@@ -58,7 +58,13 @@ class Round:
     async def facts(self):
         return FACTS
 
-    async def prove(self, _model):
+    known_facts = FACTS
+    ask_facts = facts
+
+    def report(self):
+        self.reports.append(1)
+
+    async def prove(self, *_model):
         if isinstance(self.proven, Exception):
             raise self.proven
         return self.proven
@@ -156,7 +162,7 @@ def in_workers(test, crashed=None):
     async def main():
         listener = socket.create_server(("127.0.0.1", 0))
         config = AgentConfig(device="d", drain_s=0.1, request_timeout_s=0.1)
-        set_ = Workers(listener, config, lambda: b"{}", (crashed if crashed is not None else []).append)
+        set_ = Workers((listener,), config, lambda: b"{}", (crashed if crashed is not None else []).append)
         try:
             await asyncio.wait_for(test(set_), 30)
         finally:
@@ -167,7 +173,7 @@ def in_workers(test, crashed=None):
 
 
 async def started(set_):
-    worker = await set_.start(None)
+    worker = await set_.start(())
     await worker.wait_ready(20)
     return worker
 
@@ -239,7 +245,7 @@ def test_supervisor_without_a_process_to_spare_tries_again(tmp_path, monkeypatch
         outbox = Outbox(folder / "o.db", max_bytes=1 << 20)
         config = AgentConfig(device="d", state_dir=str(folder), drain_s=0.1)
         daemon = Daemon(config, listener, StateStore.open(folder, device="d"), SlotStore(folder), outbox, b"")
-        daemon._spawn(daemon._restart(0.0))
+        daemon._spawn(daemon._settle_later(0.0))
         for _ in range(400):
             await asyncio.sleep(0.05)
             if daemon.workers.current:

@@ -152,13 +152,24 @@ class World:
             self.server.server_close()
             self.server = None
 
-    def publish(self, version: str, *, seed: int, broken: bool = False, model: bytes | None = None, requires=None, padding=0):
+    def publish(
+        self,
+        version: str,
+        *,
+        seed: int,
+        broken: bool = False,
+        model: bytes | None = None,
+        requires=None,
+        padding=0,
+        name: str = "m",
+        golden: bytes | None = None,
+    ):
         """Publish a release; a broken one has golden samples of other weights."""
         made, weights = build_model(seed, padding)
-        golden = build_golden(weights[::-1] if broken else weights)
+        golden = golden or build_golden(weights[::-1] if broken else weights)
         blobs = {(0, "model"): model or made, (0, "golden"): golden}
-        manifest = build_manifest(version=version, blobs=blobs, requires=requires)
-        out = self.bundles / f"m-{version}.edgekit"
+        manifest = build_manifest(version=version, blobs=blobs, requires=requires, name=name)
+        out = self.bundles / f"{name}-{version}.edgekit"
         write_bundle(manifest, {digest_bytes(data): data for data in blobs.values()}, signer=self.signer, out=out)
         return publish(self.folder, out, keys=[self.signer.public_key])
 
@@ -170,6 +181,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def toml(values: dict, prefix: str = "") -> str:
+    """Settings as TOML; a dict becomes a table, a list of dicts an array of tables."""
+    arrays = {name: value for name, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in values.items() if name not in arrays and name not in tables}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]
+    for name, table in tables.items():
+        lines += [f"[{prefix}{name}]", toml(table, f"{prefix}{name}.")]
+    for name, array in arrays.items():
+        for table in array:
+            lines += [f"[[{prefix}{name}]]", toml(table, f"{prefix}{name}.")]
+    return "\n".join(lines)
 
 
 class Agent:
@@ -187,9 +212,9 @@ class Agent:
             "model": "m",
             "poll_s": 0.2,
         }
-        values |= {"drain_s": 0.5} | settings
+        values |= {"drain_s": 0.5, "probation": {"seconds": 0.1}} | settings
         self.config = folder / "agent.toml"
-        self.config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
+        self.config.write_text(toml(values))
         self.process: subprocess.Popen | None = None
 
     def start(self, *, prefix: tuple[str, ...] = (), **environment: str) -> Agent:
@@ -225,16 +250,25 @@ class Agent:
         except (OSError, http.client.HTTPException):
             return 0, None
 
-    def served(self) -> str:
+    def served(self, name: str = "m") -> str:
         """The version that is served, or an empty string."""
-        status, body = self.get("/v2/models/m")
+        status, body = self.get(f"/v2/models/{name}")
         return body["versions"][0] if status == 200 else ""
 
-    def wait_served(self, version: str) -> None:
+    def wait_served(self, version: str, name: str = "m") -> None:
         try:
-            wait_for(lambda: self.served() == version, what=f"serving {version}")
+            wait_for(lambda: self.served(name) == version, what=f"serving {name} {version}")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log.read_text()[-6000:]}") from error
+
+    def wait_committed(self, version: str, name: str = "m") -> None:
+        """Served, and past its probation."""
+
+        def is_committed(body: dict) -> bool:
+            found = next((model for model in body["models"] if model["name"] == name), None)
+            return found is not None and found["version"] == version and found["state"]["probation"] is None
+
+        self.wait_status(is_committed, what=f"the commit of {name}@{version}")
 
     def status(self) -> dict:
         status, body = self.get("/status")
@@ -251,12 +285,12 @@ class Agent:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log.read_text()[-6000:]}") from error
 
-    def infer(self, data, **more):
+    def infer(self, data, *, model: str = "m", **more):
         """Status, headers and JSON of an inference."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         tensor = {"name": "x", "shape": [1, 4], "datatype": "FP32", "data": data} | more
         with contextlib.closing(connection):
-            connection.request("POST", "/v2/models/m/infer", json.dumps({"inputs": [tensor]}))
+            connection.request("POST", f"/v2/models/{model}/infer", json.dumps({"inputs": [tensor]}))
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), json.loads(answer.read())
 
@@ -266,6 +300,17 @@ class Agent:
     def worker_pids(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [int(pid) for pid in children if b"edgekit.agent.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def assert_serves(agent: Agent, *seeds: int, name: str = "m") -> None:
+    """Invariant I0: what is served is whole and right: it answers a golden sample as one of these models would."""
+    x = np.random.default_rng(0).uniform(-1, 1, size=(1, 4)).astype(np.float32)
+    status, headers, body = agent.infer(x[0].tolist(), model=name)
+    assert status == 200, body
+    answer = np.array(body["outputs"][0]["data"])
+    digests = {digest_bytes(build_model(seed)[0]): build_model(seed)[1] for seed in seeds}
+    assert body["parameters"]["model_digest"] == headers["edgekit-model-digest"]
+    np.testing.assert_allclose(answer, (x @ digests[headers["edgekit-model-digest"]])[0], atol=1e-4)
 
 
 class Gate:
@@ -348,7 +393,10 @@ class Listener:
         found: dict[int, list[int]] = {}
         for _, message, _ in list(self.messages):
             if hasattr(message, "windows"):
-                found.setdefault(message.boot, []).extend(window.seq for window in message.windows)
+                for window in message.windows:
+                    ends = window.merged or (window.seq, window.seq)
+                    for at in range(0, len(ends), 2):
+                        found.setdefault(message.boot, []).extend(range(ends[at], ends[at + 1] + 1))
             elif hasattr(message, "seq") and type(message).__name__ != "Heartbeat":
                 found.setdefault(message.boot, []).append(message.seq)
         return found

@@ -117,7 +117,7 @@ def test_label_names_come_from_a_file(capsys, model, field, tmp_path):
     [
         (["{model}"], "data is missing"),
         (["{model}", "{field}", "--model", "x"], "--model goes with --agent"),
-        (["{field}", "--agent", "http://127.0.0.1:1"], "name one model"),
+        (["m", "{field}", "--model", "x", "--agent", "http://127.0.0.1:1"], "name one model"),
         (["{model}", "{field}", "--labels", "a,b"], "2 names"),
         (["{model}", "{field}", "--out", "p.xlsx"], ".npz, .csv"),
         (["{model}", "{field}", "--limit", "0"], "limit of 0"),
@@ -261,20 +261,25 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         from edgekit.agent.protocol import decode_request, encode_answer
 
-        request = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v2/repository/index":
+            return self._send(200, [{"name": name, "state": "READY"} for name in self.server.names])
+        request = decode_request(body, int(self.headers["Inference-Header-Content-Length"]))
         self.server.batches.append(len(request.feeds["image"]))
         if self.server.refusal:
             return self._send(*self.server.refusal)
         outputs = self.server.session.run(request.feeds)
         version = "1.0.0" if len(self.server.batches) == 1 else self.server.later_version
-        body, _length = encode_answer(
+        body, length = encode_answer(
             request, outputs, model="fashion", version=version, model_digest=f"{DIGEST[:-1]}{version[0]}"
         )
-        return self._send(200, body)
+        return self._send(200, body, length)
 
-    def _send(self, status, body):
+    def _send(self, status, body, json_length=None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
+        if json_length is not None:
+            self.send_header("Inference-Header-Content-Length", str(json_length))
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -289,7 +294,7 @@ def agent(model):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.session, server.batches, server.refusal, server.description = open_session(model), [], None, None
-    server.later_version = "1.0.0"
+    server.later_version, server.names = "1.0.0", ["fashion"]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
@@ -324,6 +329,17 @@ def test_agent_model_may_stand_in_the_place_of_the_file(capsys, agent, field):
     assert "fashion 1.0.0: 3 samples" in out
 
 
+def test_agents_only_model_needs_no_name(capsys, agent, field):
+    code, out, _err = run(capsys, field, "--agent", url_of(agent), "--limit", "3")
+    assert code == 0
+    assert "fashion 1.0.0: 3 samples" in out
+    agent.names = ["fashion", "kws"]
+    code, out, err = run(capsys, field, "--agent", url_of(agent), "--limit", "3")
+    assert (code, out) == (2, "")
+    assert "fashion, kws" in err
+    assert "--model" in err
+
+
 def test_model_changed_meanwhile_is_said(capsys, agent, field):
     agent.later_version = "2.0.0"
     code, out, err = run(capsys, "fashion", field, "--agent", url_of(agent), "--limit", "50", "--json")
@@ -344,9 +360,9 @@ def test_agent_without_that_model(capsys, agent, field):
         ((400, {"error": "input image: no", "code": "data.shape"}), (2, "input image: no")),
         ((503, {"error": "no model yet", "code": "agent.no_model"}), (3, "no model yet")),
         ((500, b"<html>"), (3, "HTTP 500")),
-        ((200, b"not json"), (3, "not JSON")),
+        ((200, b"not json"), (3, "not an inference answer")),
         ((200, {"outputs": [{"name": "y"}]}), (3, "not an inference answer")),
-        ((200, [1]), (3, "in the place of an object")),
+        ((200, [1]), (3, "not an inference answer")),
     ],
 )
 def test_agent_refuses_or_talks_nonsense(capsys, agent, field, refusal, expected):

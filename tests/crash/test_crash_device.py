@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.deltas import make_from_delta
+from edgekit.agent.desired import DesiredDesk
 from edgekit.agent.journal import Journal
 from edgekit.agent.outbox import Outbox
 from edgekit.agent.plan import DeviceFacts, active_slot, make_plan
@@ -31,15 +33,19 @@ from edgekit.bundle.reader import parse_manifest, read_bundle
 from edgekit.bundle.sealing import make_identity, seal_models
 from edgekit.bundle.writer import Draft
 from edgekit.durable import sync_folder
-from edgekit.errors import TrustError
+from edgekit.errors import DeviceError, TrustError
 from edgekit.schema.base import decode_json
+from edgekit.schema.desired import DesiredState
 from edgekit.schema.digest import digest_bytes, digest_file, hex_of
 from edgekit.schema.manifest import BlobRef
 from edgekit.schema.release import DeltaRef, Release
-from edgekit.schema.state import AgentState, Floors
+from edgekit.schema.state import AgentState, Floors, Slot
 from edgekit.trust import download
+from edgekit.trust.desired_signer import sign_desired
 from edgekit.trust.download import download_blob
+from edgekit.trust.keys import save_public_key
 from edgekit.trust.repository_client import TrustedRepository
+from edgekit.trust.signer import generate_signer
 from tests.crash.crashy_disk import Explorer, Recorder, survivors
 from tests.crash.office import VERSIONS, Office, scratch_folder
 
@@ -109,8 +115,21 @@ class Device:
         return types.SimpleNamespace(serve=lambda: None, discard=lambda: None)
 
     def poll(self) -> None:
+        """One round, after which what was installed is on probation."""
         asyncio.run(self.updater.poll())
         assert not self.updater.last_error, self.updater.last_error
+
+    def update(self) -> None:
+        """One round and its probation's good end; an older probation ends first."""
+        self.updater.commit()
+        self.poll()
+        self.updater.commit()
+
+    def on_probation(self, version: str) -> Slot:
+        """The slot that serves, and has not earned its place yet."""
+        slot = active_slot(self.store.state)
+        assert (slot.version, self.store.state.probation.counter) == (version, slot.counter)
+        return slot
 
     def check(self) -> None:
         """What the state says of the slots is true."""
@@ -187,7 +206,7 @@ def check_life(shop, saved):
         before = active_slot(device.store.state)
         assert served is None or before.counter >= served.counter, "it went back"
         shop.offer("3.0")
-        device.poll()
+        device.update()
         device.check()
         after = device.store.state
         assert active_slot(after).version == "3.0"
@@ -206,14 +225,14 @@ def explore_first_install(shop, folder):
     with pytest.MonkeyPatch.context() as monkeypatch, Recorder(folder / "work", promised=-1) as recorder:
         saved = Saved.watch(monkeypatch, recorder)
         shop.offer("1.0")
-        Device(shop, folder / "work" / "state").poll()
+        Device(shop, folder / "work" / "state").update()
     return Explorer("first install", recorder.trace, check_life(shop, saved), folder)
 
 
 def explore_next_installs(shop, folder):
     """The second fills the other slot, with a blob that both releases have; the third takes the place of the first."""
     shop.offer("1.0")
-    Device(shop, folder / "work" / "state").poll()
+    Device(shop, folder / "work" / "state").update()
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorder = Recorder(folder / "work", promised=0)
         saved = Saved.watch(monkeypatch, recorder)
@@ -221,7 +240,7 @@ def explore_next_installs(shop, folder):
         with recorder:
             for version in ("2.0", "3.0"):
                 shop.offer(version)
-                Device(shop, folder / "work" / "state").poll()
+                Device(shop, folder / "work" / "state").update()
     return Explorer("next installs", recorder.trace, check_life(shop, saved), folder)
 
 
@@ -229,7 +248,7 @@ def explore_recovery(shop, folder):
     """The power is cut again while the device recovers from a half-built slot."""
     shop.offer("1.0")
     device = Device(shop, folder / "work" / "state")
-    device.poll()
+    device.update()
     shop.offer("2.0")
     build = SlotStore.build
 
@@ -247,7 +266,7 @@ def explore_recovery(shop, folder):
         saved = Saved.watch(monkeypatch, recorder)
         saved.states.append(StateStore.open(folder / "work" / "state", device=DEVICE).state)
         with recorder:
-            Device(shop, folder / "work" / "state").poll()
+            Device(shop, folder / "work" / "state").update()
     return Explorer("recovery", recorder.trace, check_life(shop, saved), folder)
 
 
@@ -255,7 +274,7 @@ def explore_damaged_state(shop, folder):
     """A state file that cannot be read is kept for people; what the slots say of themselves goes on serving."""
     state_dir = folder / "work" / "state"
     shop.offer("1.0")
-    Device(shop, state_dir).poll()
+    Device(shop, state_dir).update()
     (state_dir / STATE_FILE).write_bytes(b"{damaged")
     with Recorder(folder / "work", promised=False) as recorder:
         store = StateStore.open(state_dir, device=DEVICE)
@@ -272,6 +291,86 @@ def explore_damaged_state(shop, folder):
         assert device.store.state.floors.releases == {"kws": 1}
 
     return Explorer("damaged state", recorder.trace, check, folder)
+
+
+def explore_commit(shop, folder):
+    """A model that passed its probation is what serves after a power cut, even when the state is lost with it."""
+    device = new_device_on_probation(shop, folder / "work" / "state")
+    with Recorder(folder / "work", promised=False) as recorder:
+        device.updater.commit()
+        recorder.promise(True)
+
+    def check(folder, is_committed):
+        state_dir = folder / "state"
+        without = Path(shutil.copytree(state_dir, folder / "without", ignore=shutil.ignore_patterns(STATE_FILE)))
+        device = Device(shop, state_dir)
+        device.check()
+        state = device.store.state
+        assert active_slot(state).version == "2.0"
+        assert state.floors.releases == {"kws": 2} or (not is_committed and state.probation.counter == 2)
+        lost = StateStore.open(without, device=DEVICE).state
+        assert lost.floors.releases == {"kws": active_slot(lost).counter}
+        assert active_slot(lost).version == "2.0" or not is_committed, "a lost state went back below the floor"
+
+    return Explorer("commit", recorder.trace, check, folder)
+
+
+def explore_rollback(shop, folder):
+    """A model that failed its probation never serves again; the one before it does."""
+    device = new_device_on_probation(shop, folder / "work" / "state")
+    with Recorder(folder / "work", promised=False) as recorder:
+        device.updater.give_up(device.on_probation("2.0"), DeviceError("probation.failures", "it failed"))
+        recorder.promise(True)
+
+    def check(folder, is_rolled_back):
+        device = Device(shop, folder / "state")
+        device.check()
+        state = device.store.state
+        assert state.floors.releases == {"kws": 1}
+        assert active_slot(state).version == ("1.0" if state.probation is None else "2.0")
+        assert state.probation is None or not is_rolled_back, "it is on probation again"
+        assert bool(state.refusals) == (state.probation is None), "it would be installed again"
+        shop.offer("3.0")
+        device.update()
+        assert active_slot(device.store.state).version == "3.0"
+
+    return Explorer("rollback", recorder.trace, check, folder)
+
+
+def new_device_on_probation(shop, state_dir):
+    """The first release committed, the second on probation."""
+    shop.offer("1.0")
+    Device(shop, state_dir).update()
+    shop.offer("2.0")
+    device = Device(shop, state_dir)
+    device.poll()
+    device.on_probation("2.0")
+    return device
+
+
+def explore_desired(shop, folder):
+    """What the device said that it accepted it acts on after a power cut."""
+    keys, director = folder / "keys", generate_signer()
+    keys.mkdir()
+    save_public_key(director.public_key, keys / "director.pub")
+    device = Device(shop, folder / "work" / "state")
+    config = msgspec.structs.replace(device.config, fleet_keys=str(keys))
+    now = datetime.now(UTC)
+    desired = DesiredState(device=DEVICE, seq=4, issued_at=now, expires_at=now + timedelta(days=1), models={})
+    journal = Journal(Outbox(shop.scratch(), max_bytes=1 << 20), config, "0")
+    device.store.update(phase="idle")
+    with Recorder(folder / "work", promised=False) as recorder:
+        assert DesiredDesk.open(config, device.store, journal).take(sign_desired(desired, (director,)))
+        recorder.promise(True)
+
+    def check(folder, is_accepted):
+        state_dir = folder / "state"
+        there = msgspec.structs.replace(config, state_dir=str(state_dir))
+        desk = DesiredDesk.open(there, StateStore.open(state_dir, device=DEVICE), journal)
+        assert desk.state is not None or not is_accepted, "what was accepted is gone"
+        assert desk.state is None or desk.store.state.desired_seq == 4
+
+    return Explorer("desired", recorder.trace, check, folder)
 
 
 # --- its parts, each with what it promises when it returns
@@ -293,7 +392,7 @@ def explore_fetch(shop, folder):
             assert digest_file(folder / "state" / "parts" / hex_of(ref.digest)) == ref.digest
         device = Device(shop, folder / "state")
         shop.offer("1.0")
-        device.poll()
+        device.update()
         device.check()
         assert active_slot(device.store.state).version == "1.0"
 
@@ -349,7 +448,7 @@ def explore_cache(shop, folder):
     return Explorer("metadata cache", recorder.trace, check, folder)
 
 
-def explore_build(shop, folder, *, has_hard_links=True):
+def explore_build(shop, folder):
     """A slot that was built is whole, and says itself what it is; whoever fetched the parts need not have fsynced them."""
     work = folder / "work"
     shop.offer("2.0")
@@ -368,7 +467,7 @@ def explore_build(shop, folder, *, has_hard_links=True):
             parts.append((ref, part))
         slots.build(name, release, manifest, parts, donor)
 
-    with Recorder(work, promised=0, has_hard_links=has_hard_links) as recorder:
+    with Recorder(work, promised=0) as recorder:
         build("a", first, None)
         recorder.promise(1)
         build("b", second, "a")
@@ -380,18 +479,14 @@ def explore_build(shop, folder, *, has_hard_links=True):
             assert slot is not None or number >= count, f"slot {number} is not whole"
             assert slot is None or slot.counter == number + 1
 
-    return Explorer("build" if has_hard_links else "build without links", recorder.trace, check, folder)
-
-
-def explore_build_without_links(shop, folder):
-    return explore_build(shop, folder, has_hard_links=False)
+    return Explorer("build", recorder.trace, check, folder)
 
 
 def explore_clear(shop, folder):
     """A slot that was given up, because its release was refused, is not found when the state is rebuilt."""
     state_dir = folder / "work" / "state"
     shop.offer("1.0")
-    Device(shop, state_dir).poll()
+    Device(shop, state_dir).update()
     slots = SlotStore(state_dir)
     with Recorder(folder / "work", promised=False) as recorder:
         slots.clear("a")
@@ -461,9 +556,11 @@ PARTS = [
     explore_sealed,
     explore_delta,
     explore_build,
-    explore_build_without_links,
     explore_cache,
     explore_download,
+    explore_desired,
+    explore_commit,
+    explore_rollback,
     explore_damaged_state,
     explore_fetch,
 ]
@@ -472,6 +569,8 @@ SCENARIOS = [*PARTS, *LIVES]
 REDUNDANT = {
     # the manifest is written into the same folder right after, and it is what makes a slot
     "folder: sync_folder < write_durably < agent/slots.py:build write_durably(self.path(name) / RELEASE_FILE",
+    # the state, which has its number, is written into the same folder right after
+    "folder: sync_folder < write_durably < agent/desired.py:take write_durably(self.config.state_path / ENVELOPE_FILE",
 }
 
 
@@ -490,12 +589,14 @@ def explorers(shop):
 
 
 @pytest.mark.fault("F3")
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("explore", SCENARIOS, ids=lambda explore: explore.__name__.removeprefix("explore_"))
 def test_device_after_a_power_cut_at_any_moment(explorers, explore):
     found = list(explorers(explore).violations())
     assert not found, "\n".join(map(str, found[:10]))
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.fault("F3")
 def test_fsync_of_the_device_forgotten(explorers):
     left = survivors([explorers(explore) for explore in SCENARIOS], redundant=REDUNDANT)

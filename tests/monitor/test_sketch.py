@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from edgekit.counts import merge_counts
 from edgekit.errors import ArtifactError
 from edgekit.monitor.sketch import (
     CONFIDENCE_BINS,
@@ -20,7 +21,6 @@ from edgekit.monitor.sketch import (
     cut_edges,
     decode_counts,
     encode_counts,
-    merge_encoded,
     stream_values,
 )
 from edgekit.schema.base import decode_json, encode_json
@@ -40,12 +40,12 @@ def test_counts_round_trip(counts):
 @given(st.lists(arrays(np.int64, 35, elements=st.integers(0, 1000)), min_size=1, max_size=5), st.randoms())
 def test_merge_is_addition_in_any_order(parts, random):
     encoded = [encode_counts(part) for part in parts]
-    whole = merge_encoded(encoded, cells=35)
+    whole = merge_counts(encoded)
     random.shuffle(encoded)
-    assert merge_encoded(encoded, cells=35) == whole
+    assert merge_counts(encoded) == whole
     assert np.array_equal(decode_counts(whole, cells=35), sum(parts))
     if len(encoded) > 2:
-        assert merge_encoded([merge_encoded(encoded[:2], cells=35), *encoded[2:]], cells=35) == whole
+        assert merge_counts([merge_counts(encoded[:2]), *encoded[2:]]) == whole
 
 
 @given(st.binary(max_size=60))

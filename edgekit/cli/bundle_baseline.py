@@ -1,0 +1,90 @@
+"""The reference profile of a release: the packer's data and the first variant's answers, counted over bins that devices share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgekit.cli.console import note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from edgekit.bundle.sampling import OpenedModel
+    from edgekit.bundle.writer import Draft
+    from edgekit.dataset.data import Dataset
+    from edgekit.schema.baseline import ReferenceProfile
+    from edgekit.schema.contract import Contract
+
+BASELINE_PATH = "baseline.json"
+MAX_SAMPLES = 20_000
+BATCH_SIZE = 32
+
+
+def add_baseline(draft: Draft, data: Dataset | None, open_model: Callable[[], OpenedModel]) -> Draft:
+    """The draft with its reference profile; unchanged without data.
+
+    Args:
+        draft: not sealed yet.
+        data: samples as the model is fed, with labels or without.
+        open_model: opens the first variant's model.
+    """
+    from edgekit.monitor.sketch import MIN_SAMPLES
+    from edgekit.schema.base import encode_json
+
+    if data is None or not len(data):
+        return draft
+    model = open_model()
+    try:
+        profile = profile_of(draft.manifest.contract, data, model)
+    finally:
+        model.close()
+    if profile.samples < MIN_SAMPLES:
+        note(
+            f"drift baseline of {profile.samples} samples: below {MIN_SAMPLES} devices see drift late; give more --data",
+            "yellow",
+        )
+    return draft.with_blob(BASELINE_PATH, "baseline", encode_json(profile))
+
+
+def profile_of(contract: Contract, data: Dataset, model: OpenedModel) -> ReferenceProfile:
+    """The profile of at most ``MAX_SAMPLES`` samples, evenly spread."""
+    import numpy as np
+
+    from edgekit.monitor.sketch import build_profile
+
+    chosen = np.unique(np.linspace(0, len(data) - 1, num=min(MAX_SAMPLES, len(data))).round().astype(int))
+    inputs = {spec.name: data.inputs[spec.name][chosen] for spec in contract.inputs if spec.name in data.inputs}
+    scores = contract.outputs[0].name if contract.task == "classification" and contract.outputs else ""
+    outputs = {scores: _answers(model, contract, inputs, scores)} if scores else {}
+    labels = None if data.labels is None else np.asarray(data.labels)[chosen]
+    is_indices = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
+    return build_profile(
+        inputs,
+        outputs,
+        columns=data.columns,
+        scores=scores,
+        labels=labels if is_indices else None,
+        data=data.digest,
+        source=data.source,
+    )
+
+
+def _answers(model: OpenedModel, contract: Contract, inputs: Mapping[str, NDArray[Any]], scores: str) -> NDArray[Any]:
+    """The class scores of every sample; a fixed batch is filled with its last sample."""
+    import numpy as np
+
+    axis = contract.inputs[0].shape[0] if contract.inputs[0].shape else 1
+    fixed = axis if isinstance(axis, int) and axis > 0 else None
+    size, parts = fixed or BATCH_SIZE, []
+    total = len(next(iter(inputs.values())))
+    for start in range(0, total, size):
+        feeds = {name: np.ascontiguousarray(array[start : start + size]) for name, array in inputs.items()}
+        count = len(next(iter(feeds.values())))
+        if fixed is not None and count < fixed:
+            feeds = {
+                name: np.concatenate([array, np.repeat(array[-1:], fixed - count, axis=0)]) for name, array in feeds.items()
+            }
+        parts.append(np.array(model.run(feeds)[scores][:count]))
+    return np.concatenate(parts)
