@@ -67,6 +67,9 @@ def publish(
     notes: str = typer.Option("", "--notes", help="For people."),
     valid_until: str = typer.Option("", "--valid-until", metavar="DATE", help="2027-06-30, with a time, or +90d; UTC."),
     fallback: str = typer.Option("report", "--fallback", help="What devices do from then on: previous, abstain or report."),
+    contract_change: bool = typer.Option(
+        False, "--contract-change", help="Clients are ready for other inputs, outputs or labels; devices refuse that else."
+    ),
     no_delta: bool = typer.Option(False, "--no-delta", help="Make no deltas from the channel's newest releases."),
     role_key: list[str] = repo_release.ROLE_KEYS,
     json: bool = JSON,
@@ -87,6 +90,7 @@ def publish(
         keys=[load_public_key(path) for path in key],
         is_again=again,
         notes=notes,
+        allows_contract_change=contract_change,
         valid_until=until,
         fallback=repo_release.parse_fallback(fallback),
         delta_maker=None if no_delta else make_deltas,

@@ -354,6 +354,7 @@ def _publish(
         info = msgspec.structs.replace(
             new_info(bench, wanted.manifest, case.channel, now=now),
             notes=source.notes,
+            allows_contract_change=source.allows_contract_change,
             deltas=_deltas(case, bench, delta_maker),
             valid_until=source.valid_until,
             fallback=source.fallback,

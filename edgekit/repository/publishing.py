@@ -79,6 +79,7 @@ def publish(
     keys: Sequence[PublicKey] = (),
     is_again: bool = False,
     notes: str = "",
+    allows_contract_change: bool = False,
     valid_until: datetime | None = None,
     fallback: Fallback = "report",
     delta_maker: DeltaMaker | None = None,
@@ -94,6 +95,7 @@ def publish(
         keys: publisher keys to trust for this once, beside those of the repository.
         is_again: publish the same manifest again under a higher counter, which is how to roll devices back.
         notes: for people.
+        allows_contract_change: clients are ready for other inputs, outputs or labels; devices refuse such a release else.
         valid_until: from then on devices do what ``fallback`` says.
         fallback: what devices do then.
         delta_maker: makes ways from earlier models to this release's (``edgekit.repository.deltas.make_deltas``); None: none.
@@ -139,7 +141,9 @@ def publish(
         store_blobs(store, bundle)
         keep_envelope(store, bundle)
         info = new_info(bench, bundle.manifest, channel, now=moment)
-        info = msgspec.structs.replace(info, notes=notes, valid_until=valid_until, fallback=fallback)
+        info = msgspec.structs.replace(
+            info, notes=notes, allows_contract_change=allows_contract_change, valid_until=valid_until, fallback=fallback
+        )
         if delta_maker is not None:
             deltas = delta_maker(folder, bundle.manifest, all_releases(bench), channel=channel)
             info = msgspec.structs.replace(info, deltas=deltas)
@@ -361,7 +365,12 @@ def rollback(
         info = new_info(bench, manifest, channel, now=moment)
         text = reason or f"rollback to {version}"
         info = msgspec.structs.replace(
-            info, notes=text, valid_until=old.info.valid_until, fallback=old.info.fallback, deltas=old.info.deltas
+            info,
+            notes=text,
+            allows_contract_change=head.info.allows_contract_change if head else False,  # the way there was allowed
+            valid_until=old.info.valid_until,
+            fallback=old.info.fallback,
+            deltas=old.info.deltas,
         )
         return add_release(bench, info, data, action="rollback", details={"reason": reason})
 

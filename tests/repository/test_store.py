@@ -12,7 +12,7 @@ from releases import tiny_bundle, tree_digests
 
 from edgekit.errors import RepositoryError, TrustError, UsageError
 from edgekit.repository.ceremony import init_repository, refresh_repository, repository_status
-from edgekit.repository.publishing import add_publisher, check_repository, publish
+from edgekit.repository.publishing import add_publisher, check_repository, publish, rollback
 from edgekit.repository.server import RepositoryServer
 from edgekit.repository.store import Expiry, Store
 from edgekit.schema.state import Floors
@@ -103,6 +103,15 @@ def test_publish_and_see_it_on_a_device(place, repo, signer, tmp_path):
     assert publish(repo, bundle(place, signer, "0.1.0", name="other"), now=NOW).info.counter == 1
     assert releases_seen(repo, tmp_path / "cache") == {"1.0.0": 1, "1.1.0": 2, "0.1.0": 1}
     assert check_repository(repo) == ()
+
+
+def test_release_says_that_clients_are_ready_for_another_contract(place, repo, signer, tmp_path):
+    publish(repo, bundle(place, signer), now=NOW)
+    changed = publish(repo, bundle(place, signer, "2.0.0"), allows_contract_change=True, now=NOW)
+    back = rollback(repo, "kws", now=NOW)
+    first, newer = (changed.info.allows_contract_change, back.info.allows_contract_change)
+    assert (first, newer) == (True, True), "the way back crosses the same change"
+    assert not publish(repo, bundle(place, signer, "3.0.0"), now=NOW).info.allows_contract_change
 
 
 def test_publish_the_same_again(place, repo, signer):
