@@ -1,5 +1,5 @@
 """``python -m edgekit``: the same as the ``edgekit`` command."""
 
-from edgekit.cli.main import run
+from edgekit.cli.entry import run
 
 run()

@@ -15,11 +15,33 @@ import platform
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
+
+from edgekit.agent.board import Board
+from edgekit.agent.config import AgentConfig
+from edgekit.agent.file_source import FileSource, local_release
+from edgekit.agent.link import Drain, Go, Model, Ready, Start, pack_frame, read_to_supervisor
+from edgekit.agent.outbox import Outbox
+from edgekit.agent.plan import DeviceFacts, make_plan, slot_of
+from edgekit.agent.slots import SlotStore
+from edgekit.agent.state_store import StateStore
+from edgekit.agent.steps import Installer
+from edgekit.agent.worker import _serve
+from edgekit.bundle.opening import opened_variant
+from edgekit.bundle.reader import verify_bundle
+from edgekit.errors import EdgekitError
+from edgekit.schema.message import Birth, MetricSpec
+from edgekit.schema.state import Slot
+from edgekit.target.probe import probe_target
+from edgekit.telemetry.codec import decode, encode, pack_values, unpack_values
+from edgekit.trust.desired import verify_desired
+from edgekit.trust.dsse import decode_envelope, encode_envelope
+from edgekit.trust.keys import parse_public_key
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "agent" / "fixtures" / "aarch64.json"
@@ -27,9 +49,6 @@ FIXTURE = ROOT / "tests" / "agent" / "fixtures" / "aarch64.json"
 
 def check_state(folder: Path, _fixture: dict[str, str]) -> str:
     """What is written is read again, also by a store that starts anew."""
-    from edgekit.agent.state_store import StateStore
-    from edgekit.schema.state import Slot
-
     store = StateStore.open(folder, device="cam")
     store.update_slot(Slot(name="b", status="good", model="m", version="1.0", counter=3))
     store.update(phase="fetch", intent="m@2.0#4")
@@ -40,15 +59,15 @@ def check_state(folder: Path, _fixture: dict[str, str]) -> str:
 
 def check_trust(_folder: Path, fixture: dict[str, str]) -> str:
     """A signature that another machine made holds, and one flipped bit does not."""
-    from edgekit.errors import EdgekitError
-    from edgekit.trust.desired import verify_desired
-    from edgekit.trust.keys import parse_public_key
-
     key, data = parse_public_key(fixture["key"]), fixture["desired"].encode()
     now = datetime.fromisoformat(fixture["now"])
     state = verify_desired(data, [key], device="cam", last_seq=0, now=now)
+    envelope = decode_envelope(data)
+    signature = envelope.signatures[0]
+    flipped = msgspec.structs.replace(signature, sig=bytes([signature.sig[0] ^ 1]) + signature.sig[1:])
+    changed = encode_envelope(msgspec.structs.replace(envelope, signatures=(flipped,)))
     try:
-        verify_desired(data.replace(b'"sig": "', b'"sig": "A'), [key], device="cam", last_seq=0, now=now)
+        verify_desired(changed, [key], device="cam", last_seq=0, now=now)
     except EdgekitError as error:
         return f"seq {state.seq} accepted, a changed one refused: {error.code}"
     raise AssertionError("a changed signature was accepted")
@@ -62,20 +81,11 @@ def check_install(folder: Path, fixture: dict[str, str]) -> str:
 
 
 def _installed(folder: Path, fixture: dict[str, str]):  # noqa: ANN202 - three things of three modules
-    from edgekit.agent.config import AgentConfig
-    from edgekit.agent.file_source import FileSource, _local_release
-    from edgekit.agent.plan import DeviceFacts, make_plan, slot_of
-    from edgekit.agent.slots import SlotStore
-    from edgekit.agent.state_store import StateStore
-    from edgekit.agent.steps import Installer
-    from edgekit.bundle.reader import verify_bundle
-    from edgekit.target.probe import probe_target
-    from edgekit.trust.keys import parse_public_key
 
     path = folder / "m.edgekit"
     path.write_bytes(base64.b64decode(fixture["bundle"]))
     bundle = verify_bundle(path, [parse_public_key(fixture["key"])])
-    release = _local_release(bundle, 1)
+    release = local_release(bundle, 1)
     profile = probe_target()
     facts = DeviceFacts(
         arch=profile.arch,
@@ -99,9 +109,6 @@ def _installed(folder: Path, fixture: dict[str, str]):  # noqa: ANN202 - three t
 
 def check_telemetry(_folder: Path, fixture: dict[str, str]) -> str:
     """Messages are the same bytes on every machine."""
-    from edgekit.schema.message import Birth, MetricSpec
-    from edgekit.telemetry.codec import decode, encode, pack_values, unpack_values
-
     message = decode(base64.b64decode(fixture["birth"]))
     assert isinstance(message, Birth)
     assert base64.b64encode(encode(message)).decode() == fixture["birth"]
@@ -113,8 +120,6 @@ def check_telemetry(_folder: Path, fixture: dict[str, str]) -> str:
 
 def check_outbox(folder: Path, _fixture: dict[str, str]) -> str:
     """What is spooled is there after the next start."""
-    from edgekit.agent.outbox import Outbox
-
     outbox = Outbox(folder / "outbox.db", max_bytes=1 << 20)
     outbox.put(boot=1, seq=1, kind="ev", payload=b"x" * 100)
     outbox.close()
@@ -127,12 +132,6 @@ def check_outbox(folder: Path, _fixture: dict[str, str]) -> str:
 
 def check_worker(folder: Path, fixture: dict[str, str]) -> str:
     """The int8 model loads, answers its golden samples within their tolerance, and serves requests over HTTP."""
-    from edgekit.agent.board import Board
-    from edgekit.agent.link import Drain, Go, Model, Ready, Start, pack_frame, read_to_supervisor
-    from edgekit.agent.slots import SlotStore
-    from edgekit.agent.worker import _serve
-    from edgekit.bundle.opening import opened_variant
-
     bundle, _, slot = _installed(folder, fixture)
     manifest = bundle.manifest
     variant = opened_variant(manifest, manifest.variants[0])
@@ -165,7 +164,8 @@ async def _ask(port: int, fixture: dict[str, str]) -> dict[str, object]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         body = fixture["request"].encode()
         writer.write(
-            b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
+            % (len(body), body)
         )
         async with asyncio.timeout(60):
             head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
@@ -197,8 +197,6 @@ def main() -> int:
             except Exception as error:  # noqa: BLE001 - every check is told
                 failed += 1
                 print(f"FAIL  {name}: {type(error).__name__}: {error}", flush=True)
-                import traceback
-
                 traceback.print_exc()
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} on {platform.machine()}", flush=True)
     return 1 if failed else 0

@@ -37,7 +37,7 @@ FIXTURE = ROOT / "tests" / "agent" / "fixtures" / "aarch64.json"
 
 
 def int8_model() -> bytes:
-    """x [batch, 4] → quantize → int8 weights → y [batch, 3]."""
+    """One quantized matrix product: x [batch, 4] → y [batch, 3]."""
     weights = np.random.default_rng(7).integers(-127, 128, size=(4, 3)).astype(np.int8)
     scales = {"x_scale": 1 / 127, "w_scale": 0.01, "y_scale": 0.05}
     initializers = [numpy_helper.from_array(np.float32(value), name) for name, value in scales.items()]
@@ -86,7 +86,9 @@ def main() -> None:
         expires_at=now + timedelta(days=1),
         models={"m": DesiredModel(counter=1, manifest=digest_bytes(b"m"))},
     )
-    birth = Birth(boot=2**62 + 3, seq=1, time_ms=1, metrics=(MetricSpec(name="x"),), isa=("neon",), ram_mb=0.5, labels={"a": "ä"})
+    birth = Birth(
+        boot=2**62 + 3, seq=1, time_ms=1, metrics=(MetricSpec(name="x"),), isa=("neon",), ram_mb=0.5, labels={"a": "ä"}
+    )
     request = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.1, -0.2, 0.3, 0.4]}]}
     record = {
         "now": now.isoformat(),

@@ -39,6 +39,7 @@ from edgekit.agent.link import (
     pack_frame,
     read_to_supervisor,
 )
+from edgekit.agent.spare import ENVIRONMENT, SpareProcess, hand_over, take
 from edgekit.agent.vitals import MEGA, rss_bytes
 from edgekit.errors import ArtifactError, DeviceError, EdgekitError
 
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 COLLECT_SECONDS = 2.0
 KILL_SECONDS = 5.0
 WATCH_SECONDS = 0.05
-WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 StatusMaker = Callable[[], bytes]
 FactTaker = Callable[[Labelled | Sampled], None]
@@ -66,11 +66,29 @@ class SelfTestFailed(Exception):  # noqa: N818 - the outcome of a test, caught b
         self.model = model
 
 
+async def _run_worker(
+    arguments: Sequence[str], descriptors: Sequence[int], *, is_empty: bool
+) -> asyncio.subprocess.Process | SpareProcess:
+    """A worker's process: the one that was started in advance, if it waits and there is a model for it, or a new one.
+
+    In the arguments ``{0}`` stands for the first descriptor, and so on.
+    """
+    waiting = None if is_empty else take()
+    if waiting is not None and (process := hand_over(waiting, arguments, descriptors)) is not None:
+        return process
+    return await asyncio.create_subprocess_exec(
+        *module_command("edgekit.agent.worker_process", *(text.format(*descriptors) for text in arguments)),
+        stdin=asyncio.subprocess.DEVNULL,
+        pass_fds=tuple(descriptors),
+        env=ENVIRONMENT | dict(os.environ),
+    )
+
+
 @dataclass
 class WorkerProcess:
     """One worker. ``board`` says what each of its models is doing, in the order of ``start.models``."""
 
-    process: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process | SpareProcess
     start: Start
     make_status: StatusMaker
     reader: asyncio.StreamReader
@@ -98,20 +116,11 @@ class WorkerProcess:
         """Start a worker that loads what ``start`` says and waits for :meth:`go`."""
         ours, theirs = socket.socketpair()
         board = Board.create(len(start.models))
-        link, listen = theirs.fileno(), [listener.fileno() for listener in listeners]
-        command = module_command(
-            "edgekit.agent.worker_process",
-            *("--link", str(link)),
-            *("--listen", *map(str, listen)),
-            *("--board", str(board.descriptor), str(len(start.models))),
-        )
+        descriptors = (theirs.fileno(), board.descriptor, *(listener.fileno() for listener in listeners))
+        listen = (f"{{{number}}}" for number in range(2, len(descriptors)))
+        arguments = ("--link", "{0}", "--listen", *listen, "--board", "{1}", str(len(start.models)))
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(link, board.descriptor, *listen),
-                env=WORKER_ENVIRONMENT | dict(os.environ),
-            )
+            process = await _run_worker(arguments, descriptors, is_empty=not start.models)
         except BaseException:
             ours.close()
             raise

@@ -445,12 +445,18 @@ def _check_identity(path: Path) -> None:
         raise _invalid(f"age_identity {path}: no such file.", 'Make one: "edgekit bundle keygen --scheme age".') from None
     except OSError:
         return  # another user asks, who may not look there
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and not _is_credential(path):
         raise UsageError(
             "config.insecure",
             f"age_identity {path}: mode {stat.S_IMODE(mode):04o}, others can use it; expected 0600.",
             hint=f"chmod 600 {path}; if others did read it, make a new one.",
         )
+
+
+def _is_credential(path: Path) -> bool:
+    """Whether systemd handed the file over: for this service alone, though the mode of an access list looks wider."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return bool(folder) and path.parent == Path(folder)
 
 
 def _split(url: str, name: str) -> SplitResult:

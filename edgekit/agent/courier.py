@@ -2,13 +2,17 @@
 
 On each connection the births and states that wait go first, oldest first, so that the broker's retained messages end on the
 newest. Only when all of them are confirmed the rest follows: what is new as it comes, and beside it the backlog, by class
-(events and labels, windows up to 30 a message, samples), at a bounded rate and never on the last five places, so that old data
-do not hold up live ones, and a whole fleet that comes back does not drown its broker.
+(events and labels, windows up to 30 a message, samples), at a bounded rate, and on the last five places only in turn, so that
+old data do not hold up live ones, and a whole fleet that comes back does not drown its broker.
 
-A message leaves the outbox when its PUBACK says success. A refused one (not authorized, quota) stays, and is tried again after
-a pause that grows; after ``MAX_REFUSALS`` it is set aside with an event, and tried once more on a connection a day later. What
-is larger than the broker takes is sent in smaller parts, or set aside at once. When the broker hangs up because of what it was
-sent, messages go one at a time for a while, so that the one that it cannot bear is found and does not cost all others.
+A message leaves the outbox when its PUBACK says success. "No matching subscribers" is none: the broker took it and threw it
+away, because the fleet's server has no session there (any more); then one message at a time asks whether somebody listens
+again.
+
+A refused one (not authorized, quota) stays, and is tried again after a pause that grows; after ``MAX_REFUSALS`` it is set aside
+with an event, and tried once more on a connection a day later. What is larger than the broker takes is sent in smaller parts,
+or set aside at once. When the broker hangs up because of what it was sent, messages go one at a time for a while, so that the
+one that it cannot bear is found and does not cost all others.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from edgekit.agent.mqtt import FAILURE_CODE, MAX_IN_FLIGHT, Connection, Handlers
 from edgekit.agent.outbox import Kind, Outbox, Row
 from edgekit.agent.pace import Pace
 from edgekit.schema.message import Death, Heartbeat, Window, WindowBatch
-from edgekit.telemetry.codec import MAX_BYTES, encode
+from edgekit.telemetry.codec import MAX_BYTES, compress, encode
 from edgekit.telemetry.topics import Verb, topic
 
 logger = logging.getLogger(__name__)
@@ -40,12 +44,15 @@ MAX_REFUSALS = 5
 REVIVE_S = 86400.0
 GOODBYE_SECONDS = 2.0
 LIVE_RESERVE = 5
-"""Places on the way that the backlog never takes."""
+"""Places on the way that the backlog only takes in its turn."""
 LIVE_RUN = 4
 """So many live messages in a row let one of the backlog pass."""
 PACKET_MARGIN_BYTES = 512
 """What a packet has beside its payload, at most: header, topic, properties."""
 TOO_LARGE = 0x95
+NOBODY_LISTENS = 0x10
+UNHEARD_RETRY_S = 60.0
+"""The longest pause between two looks for a listener."""
 CAREFUL_MESSAGES = 50
 """So many go one at a time after the broker hung up because of one."""
 _VERBS: dict[Kind, Verb] = {"birth": "status", "rep": "rep", "ev": "ev", "lb": "lb", "w": "w", "x": "x"}
@@ -78,6 +85,7 @@ class Courier:
     _batch_windows: int = BATCH_WINDOWS
     _refusals: int = 0
     _careful: int = 0
+    _is_unheard: bool = False
     _told: set[tuple[Kind, str]] = field(default_factory=set)
     _revived_at: float = field(default_factory=time.monotonic)
     _retry: asyncio.TimerHandle | None = None
@@ -174,9 +182,9 @@ class Courier:
         while self.is_connected and len(self._in_flight) < self._places:
             if self._preface:
                 is_sent = self._send([self._preface.pop(0)], is_late=False)
-            elif self._preface_ids:
+            elif self._preface_ids or (self._is_unheard and self._retry is not None):
                 return
-            elif self._live_run >= LIVE_RUN and (rows := self._next_late()):
+            elif self._live_run >= LIVE_RUN and (rows := self._next_late(is_turn=True)):
                 is_sent = self._send_late(rows)
             elif rows := self.outbox.read(kinds=_LIVE, after=self._live_after, limit=1):
                 self._live_after, self._live_run = rows[0].id, self._live_run + 1
@@ -191,14 +199,17 @@ class Courier:
     @property
     def _places(self) -> int:
         """How many messages may be on the way: what we want, or the broker allows."""
-        if self._careful:
+        if self._careful or self._is_unheard:
             return 1
         return min(MAX_IN_FLIGHT, getattr(self._connection, "receive_maximum", MAX_IN_FLIGHT))
 
-    def _next_late(self) -> list[Row]:
-        """The next of the backlog: one message, or up to 30 windows of one boot and one schema; none while it must wait."""
+    def _next_late(self, *, is_turn: bool = False) -> list[Row]:
+        """The next of the backlog: one message, or up to 30 windows of one boot and one schema; none while it must wait.
+
+        ``is_turn``: live messages let it pass, so it may have any place.
+        """
         self._live_run = 0
-        if len(self._in_flight) >= max(1, self._places - LIVE_RESERVE):
+        if not is_turn and len(self._in_flight) >= max(1, self._places - LIVE_RESERVE):
             return []
         for kinds in _BACKLOG:
             rows = self.outbox.read(kinds=kinds, after=self._late_after.get(kinds, 0), limit=self._batch_windows)
@@ -248,7 +259,7 @@ class Courier:
         payload = first.payload
         if first.kind == "w":
             windows = tuple(msgspec.msgpack.decode(row.payload, type=Window) for row in rows)
-            payload = encode(WindowBatch(boot=first.boot, windows=windows, is_late=is_late, schema=first.schema))
+            payload = compress(encode(WindowBatch(boot=first.boot, windows=windows, is_late=is_late, schema=first.schema)))
         if len(payload) > self._most_bytes + PACKET_MARGIN_BYTES // 2:
             self._bury(rows, f"{len(payload)} bytes are more than the broker takes", most=0)
             return True
@@ -271,9 +282,14 @@ class Courier:
         if ids is None:
             return
         self.outbox.held.difference_update(ids)
+        was_preface = not self._preface_ids.isdisjoint(ids)  # the broker retains those anyway
         self._preface_ids.difference_update(ids)
         try:
-            if code < FAILURE_CODE:
+            if code == NOBODY_LISTENS and not was_preface:
+                self._is_unheard = True
+                self._postpone("nobody listens", most_s=UNHEARD_RETRY_S)
+            elif code < FAILURE_CODE:
+                self._is_unheard = self._is_unheard and was_preface
                 self.outbox.confirm(ids)
                 self._refusals = 0
                 self._careful = max(0, self._careful - 1)
@@ -310,11 +326,11 @@ class Courier:
                 fields={"verb": _VERBS[kind], "count": count, "reason": reason},
             )
 
-    def _postpone(self, reason: str) -> None:
+    def _postpone(self, reason: str, *, most_s: float = MAX_RETRY_S) -> None:
         """What was refused, or could not be forgotten, is sent again after a while, that grows as long as nothing goes."""
         self.last_refusal = reason
         if self._retry is None:
-            wait_s = min(MAX_RETRY_S, REFUSED_RETRY_S * 2 ** min(self._refusals, 16))
+            wait_s = min(most_s, MAX_RETRY_S, REFUSED_RETRY_S * 2 ** min(self._refusals, 16))
             self._refusals += 1
             logger.warning("event=publish_refused reason=%r retry_s=%.1f", reason, wait_s)
             self._retry = asyncio.get_running_loop().call_later(wait_s, self._try_again)

@@ -51,6 +51,7 @@ from edgekit.agent.plan import DeviceFacts, active_slot
 from edgekit.agent.samples import SampleDesk
 from edgekit.agent.slots import SlotStore
 from edgekit.agent.source import read_root
+from edgekit.agent.spare import release as release_spare
 from edgekit.agent.state_store import DirLock, StateStore, prepare_dir
 from edgekit.agent.units import Unit, unit_configs
 from edgekit.agent.violations import ViolationWatch
@@ -498,6 +499,7 @@ class Daemon:
                 unit.apply_ban(datetime.now(UTC))
         if not await self._settle():
             self._spawn(self._settle_later(1.0))
+        await release_spare()
         await self._start_telemetry()
         self._spawn(self._guard())
         self._spawn(self._watch())

@@ -106,7 +106,7 @@ async def open_file(path: Path, name: str, config: AgentConfig, units: Sequence[
         return GivenFile(bundle=bundle, unit=unit, release=listed, authority=authority)
     keyids = await in_background(lambda: _check_publisher(path, name, config), name="bundle")
     check_not_older(unit, manifest, name)
-    release = _local_release(bundle, next_counter(unit, offered))
+    release = local_release(bundle, next_counter(unit, offered))
     authority = (
         f"No repository metadata speaks of it: it was taken on the word of {', '.join(key[:12] for key in keyids)} and of who "
         f"handed it over; it counts as release {release.info.counter}, and a newer one of the repository replaces it."
@@ -172,7 +172,8 @@ def next_counter(unit: Unit, offered: Sequence[Release]) -> int:
     return max(known) + 1
 
 
-def _local_release(bundle: Bundle, counter: int) -> Release:
+def local_release(bundle: Bundle, counter: int) -> Release:
+    """What a bundle counts as that no metadata lists."""
     manifest = bundle.manifest
     info = ReleaseInfo(
         name=manifest.name,

@@ -57,10 +57,6 @@ class Answer(Record, frozen=True, kw_only=True):
     at: datetime
 
 
-InstallRequest = Request
-InstallAnswer = Answer
-
-
 class Inbox:
     """The folder, from both sides."""
 

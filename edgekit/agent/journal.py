@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BOOT_BITS = 63
 MAX_RANGES_TEXT = 2000
+EXPIRE_EACH_S = 600.0
 
 
 def now_ms() -> int:
@@ -61,6 +62,7 @@ class Journal:
     url: str = ""
     on_stored: Callable[[], None] = lambda: None
     _unstored: int = 0
+    _expire_after: float = 0.0
     _unstored_first: int = 0
     schema: int = SCHEMA
     clock: Clock = field(default_factory=Clock)
@@ -108,8 +110,9 @@ class Journal:
         self.event("messages_dropped", f"{loss.count} messages were dropped: {why}", fields=fields)
 
     def expire(self) -> None:
-        """Give up what outlived its time, unless nobody knows the time."""
-        if self.clock.source != "unsynced":
+        """Now and then give up what outlived its time, unless nobody knows the time."""
+        if self.clock.source != "unsynced" and time.monotonic() >= self._expire_after:
+            self._expire_after = time.monotonic() + EXPIRE_EACH_S
             for loss in self.outbox.expire(now_ms()):
                 self._tell_loss(loss)
 

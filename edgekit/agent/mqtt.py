@@ -150,6 +150,7 @@ class Connection:
             )
             loop.call_soon_threadsafe(handlers.on_message, incoming)
 
+        # also called, with "protocol error", for an answer that paho cannot read, as a PUBACK with a reason that there is not
         def on_disconnect(_client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
             self.is_blamed = self.is_blamed or int(getattr(reason, "value", 0)) in _OUR_FAULT
 
@@ -193,8 +194,6 @@ class Connection:
                 if client.is_connected():
                     connected_at = connected_at or time.monotonic()
                     has_lasted = time.monotonic() - connected_at >= STABLE_SECONDS
-            # an answer that paho cannot read, such as a PUBACK with a reason that the protocol has not, ends here, too
-            self.is_blamed = self.is_blamed or code == MQTTErrorCode.MQTT_ERR_PROTOCOL
         except (OSError, ValueError) as error:
             return str(error) or type(error).__name__, has_lasted
         return paho.error_string(code), has_lasted

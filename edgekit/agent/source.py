@@ -1,19 +1,23 @@
-"""The update repository as the agent uses it: one verified refresh a poll, then manifests and blobs of that refresh."""
+"""The update repository as the agent uses it: one verified refresh a poll, then manifests and blobs of that refresh.
+
+The HTTP client is loaded by the first look at a repository: what is installed serves before that.
+"""
 
 from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekit.agent.config import AgentConfig
 from edgekit.errors import DeviceError, UsageError
 from edgekit.schema.manifest import BlobRef
 from edgekit.schema.release import Release
 from edgekit.schema.state import Floors
-from edgekit.trust.download import download_blob
-from edgekit.trust.repository_client import RefreshResult, TrustedRepository
-from edgekit.trust.transport import TransportOptions
+
+if TYPE_CHECKING:
+    from edgekit.trust.repository_client import RefreshResult, TrustedRepository
 
 CACHE_DIR = "cache"
 
@@ -45,6 +49,8 @@ class RepositorySource:
         halt: threading.Event,
         superseded: threading.Event | None = None,
     ) -> None:
+        from edgekit.trust.transport import TransportOptions  # noqa: PLC0415 - see the module's docstring
+
         self._superseded = superseded or threading.Event()
         self._url = config.repository.rstrip("/")
         self._halt = halt
@@ -59,6 +65,8 @@ class RepositorySource:
 
     def _repository(self) -> TrustedRepository:
         """A client for one question; its connections end with the answer."""
+        from edgekit.trust.repository_client import TrustedRepository  # noqa: PLC0415 - see the module's docstring
+
         return TrustedRepository(
             self._cache,
             self._url,
@@ -90,5 +98,7 @@ class RepositorySource:
 
     def fetch_blob(self, ref: BlobRef, part_dir: Path) -> Path:
         """Download a blob, resuming; the verified file's path."""
+        from edgekit.trust.download import download_blob  # noqa: PLC0415 - see the module's docstring
+
         self._check_halt()
         return download_blob(self._url, ref, part_dir, on_progress=self._check_halt, options=self._options)

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
@@ -27,7 +27,7 @@ from edgekit.agent.child import SelfTestFailed
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.disk import FULL, disk_full
 from edgekit.agent.faults import checkpoint
-from edgekit.agent.inbox import InstallAnswer, InstallRequest, new_answer
+from edgekit.agent.inbox import Answer, Request, new_answer
 from edgekit.agent.journal import Journal
 from edgekit.agent.link import Model
 from edgekit.agent.plan import (
@@ -55,7 +55,9 @@ from edgekit.schema.desired import UpdatePolicy
 from edgekit.schema.message import EventKind
 from edgekit.schema.release import Recall, Release
 from edgekit.schema.state import AgentState, Floors, Outcome, Refusal, Slot
-from edgekit.trust.repository_client import RefreshResult
+
+if TYPE_CHECKING:
+    from edgekit.trust.repository_client import RefreshResult
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +314,7 @@ class Updater:
         self.report_safely()
         return found[0]
 
-    async def install_stick(self, request: InstallRequest) -> InstallAnswer:
+    async def install_stick(self, request: Request) -> Answer:
         """Verify a stick and install the newest release on it that this device may have.
 
         Returns:

@@ -193,7 +193,8 @@ def read_profile(model: Model) -> tuple[ReferenceProfile | None, int]:
         from edgekit.monitor.sketch import bare_profile  # noqa: PLC0415 - the same
 
         return bare_profile(model.manifest.contract), 0
-    with os.fdopen(open_blob(model.blob(ref.digest), ref.digest), "rb") as file:
+    digest = ref.sealed.digest if ref.sealed is not None else ref.digest
+    with os.fdopen(open_blob(model.blob(digest), digest), "rb") as file:
         data = file.read()
     return decode_json(data, ReferenceProfile, name=ref.path), zlib.crc32(data)
 
@@ -281,7 +282,11 @@ class Worker:
 
     def _add(self, model: Model, session: Any, page: Page, proof: Proof) -> None:
         watched = WatchedSession(session, page, model.label)
-        profile, crc = read_profile(model)
+        try:
+            profile, crc = read_profile(model)
+        except EdgekitError as error:  # without figures of drift a model serves all the same
+            logger.error("event=profile_unreadable model=%s error=%r", model.label, error.message)  # noqa: TRY400 - it says all
+            profile, crc = None, 0
         meter = Meter(model_digest=model.variant.model, profile=profile, profile_crc=crc)
         predictor = Predictor(
             model, watched, meter, golden_ms=proof.golden_ms, max_batch=proof.max_batch, timeout_s=self.request_timeout_s

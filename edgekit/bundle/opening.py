@@ -88,13 +88,19 @@ def load_identities(path: Path) -> Identities:
     return Identities(recipients=tuple(str(key.to_public()) for key in keys), keys=keys)
 
 
+def is_credential(path: Path) -> bool:
+    """Whether systemd handed the file over: for this service alone, though the mode of an access list looks wider."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return bool(folder) and path.parent == Path(folder)
+
+
 def check_mode(path: Path, mode: int) -> None:
     """Refuse an identity that others can read.
 
     Raises:
         DeviceError: ``device.sealed_identity``.
     """
-    if mode & _OTHERS:
+    if mode & _OTHERS and not is_credential(path):
         raise DeviceError(
             f"{CURABLE_PREFIX}identity",
             f"{path}: this age identity has mode {stat.S_IMODE(mode):04o}: others can use it; expected 0600.",

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from edgekit.agent.config import AgentConfig
 from edgekit.agent.interpreter import module_command
+from edgekit.agent.spare import keep, start_spare
 from edgekit.cli.console import note, paint
 from edgekit.errors import EdgekitError
 from edgekit.schema.base import decode_json, encode_json
@@ -28,12 +29,15 @@ def become_agent(config: AgentConfig) -> NoReturn:
     os.set_inheritable(descriptor, True)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = module_command("edgekit.cli.agent_process", str(descriptor))
+    spare = start_spare(config.state_path) or ()
+    command = module_command("edgekit.cli.agent_process", str(descriptor), *map(str, spare))
     os.execve(sys.executable, command, ENVIRONMENT | dict(os.environ))  # noqa: S606 - our own interpreter and module
 
 
 def main(arguments: list[str]) -> int:
     """Run the agent; the exit code."""
+    if len(arguments) > 1:
+        keep(int(arguments[1]), int(arguments[2]))
     from edgekit.agent.daemon import run_agent
 
     for name, value in ENVIRONMENT.items():

@@ -1,4 +1,4 @@
-"""The reference profile of a release: the packer's data and the first variant's answers, counted over bins that devices share."""
+"""The reference profile of a release: the packer's data and the first variant's answers, counted over bins that are shared."""
 
 from __future__ import annotations
 

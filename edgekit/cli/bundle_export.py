@@ -94,6 +94,8 @@ def amend(
         write_bundle(draft.manifest, draft.blobs, signer=signers, out=path)
     new = read_bundle(path)
     out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(new.manifest_digest)}")
+    if new.manifest.contract.labels != bundle.manifest.contract.labels:
+        note('other labels: devices take this release when it is published with "repo publish --contract-change"', "yellow")
     note(f"a device that has {bundle.manifest.version} fetches {format_bytes(len(new.manifest_bytes))} of it: the manifest")
 
 

@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "repo": ("edgekit.cli.repo", "The update repository: init, publish, status, serve."),
     "trust": ("edgekit.cli.trust", "Who may sign what: init, status, sign, rotate, revoke, delegate, doctor."),
     "agent": ("edgekit.cli.agent", "The on-device agent: run it, ask it."),
-    "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices."),
+    "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices, command them."),
     "doctor": ("edgekit.cli.doctor", "Check this machine: packages, runtimes, ports, permissions."),
 }
 

@@ -5,7 +5,9 @@ One code makes the profile and counts on the device, so that both see the same n
 - a tensor [N, F] with at most ``MAX_COLUMNS`` columns gives one stream a column;
 - an image [N, C, H, W] or [N, H, W, C] gives mean and standard deviation of each channel;
 - anything else gives mean, standard deviation and peak of each sample;
-- a classifier gives its answers by predicted class and bin of confidence.
+- both give the share of a sample's elements outside the reference's range, which a quantized model clips; of a table's columns
+  the bins below and above all others say it;
+- a classifier gives its answers by predicted class and bin of confidence, with more than ``MAX_CLASSES`` by confidence alone.
 
 A sketch is a vector of counts: the bins of the profile, then the missing ones. Encoded it takes a byte a bin below 128 samples
 a bin, two above; runs of empty bins take two.
@@ -40,6 +42,8 @@ MAX_CHANNELS = 4
 MAX_CLASSES = 256
 MIN_SAMPLES = 5000
 IMAGE_RANK = 4
+OUTSIDE_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
+"""Of a share of elements: below a ten-thousandth it counts as none."""
 _PROBABILITY_TOLERANCE = 1e-3
 
 
@@ -54,6 +58,9 @@ def stream_values(stream: StreamProfile, tensor: Array) -> NDArray[np.float64]:
         tensor: [N, ...].
     """
     part = _part(stream, tensor)
+    if stream.summary == "outside":
+        flat = part.reshape(part.shape[0], -1)
+        return np.asarray(((flat < stream.low) | (flat > stream.high)).mean(axis=1), dtype=np.float64)
     rows = part.reshape(part.shape[0], -1) if part.ndim > 1 else part.reshape(-1, 1)
     if rows.dtype.kind != "f" or rows.dtype.itemsize < 8:
         rows = rows.astype(np.float64)
@@ -88,7 +95,7 @@ def confidence_cells(scores: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]
     Args:
         scores: probabilities or logits [N, C]; logits go through a softmax. Rows with a value that is not finite are left out.
     """
-    if scores.ndim < 2 or scores.dtype.kind != "f" or not 1 < scores.shape[-1] <= MAX_CLASSES:
+    if scores.ndim < 2 or scores.dtype.kind != "f" or scores.shape[-1] < 2:
         return None
     rows = scores.reshape(-1, scores.shape[-1]).astype(np.float64)
     rows = rows[np.isfinite(rows).all(axis=1)]
@@ -98,6 +105,11 @@ def confidence_cells(scores: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]
     predicted = rows.argmax(axis=1) if rows.size else np.zeros(0, dtype=np.intp)
     best = rows[np.arange(rows.shape[0]), predicted]
     return predicted, np.minimum((best * CONFIDENCE_BINS).astype(np.intp), CONFIDENCE_BINS - 1)
+
+
+def table_rows(classes: int) -> int:
+    """Rows of the table of answers: one a class, or one for all where there are more than ``MAX_CLASSES``."""
+    return classes if classes <= MAX_CLASSES else 1
 
 
 # --- the profile ------------------------------------------------------------------------------------------------------------
@@ -115,11 +127,12 @@ def choose_streams(name: str, tensor: Array, columns: Sequence[str] = ()) -> tup
         axes = [f"l{i}" for i in range(tensor.shape[3])]
     summaries: Sequence[Summary] = ("mean", "std") if tensor.ndim == IMAGE_RANK else ("mean", "std", "peak")
     label = {axis: f"{name}{f'[{axis[1:]}]' if len(axes) > 1 else ''}" for axis in axes}
-    return tuple(
+    streams = tuple(
         StreamProfile(name=f"{label[axis]}.{summary}", kind="input", tensor=name, summary=summary, axis=axis)
         for axis in axes
         for summary in summaries
     )
+    return (*streams, StreamProfile(name=f"{name}.outside", kind="input", tensor=name, summary="outside"))
 
 
 def cut_edges(values: NDArray[np.float64]) -> tuple[float, ...]:
@@ -192,9 +205,13 @@ def build_profile(
 
 
 def _profiled(stream: StreamProfile, tensor: Array) -> StreamProfile:
+    if stream.summary == "outside":
+        known = tensor[np.isfinite(tensor)] if tensor.dtype.kind == "f" else tensor
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+        stream = StreamProfile(name=stream.name, kind="input", tensor=stream.tensor, summary="outside", low=low, high=high)
     values = stream_values(stream, tensor)
     finite = values[np.isfinite(values)]
-    edges = cut_edges(values)
+    edges = OUTSIDE_EDGES if stream.summary == "outside" else cut_edges(values)
     cells = count_values(values, np.asarray(edges))
     return StreamProfile(
         name=stream.name,
@@ -207,6 +224,8 @@ def _profiled(stream: StreamProfile, tensor: Array) -> StreamProfile:
         missing=int(cells[-1]),
         mean=float(finite.mean()) if finite.size else 0.0,
         std=float(finite.std()) if finite.size else 0.0,
+        low=stream.low,
+        high=stream.high,
     )
 
 
@@ -214,13 +233,15 @@ def _class_stream(
     scores: str, table: tuple[NDArray[np.intp], NDArray[np.intp]], classes: int, labels: Array | None
 ) -> StreamProfile:
     predicted, bins = table
-    answered = np.zeros((classes, CONFIDENCE_BINS), dtype=np.int64)
-    np.add.at(answered, (predicted, bins), 1)
+    count = table_rows(classes)
+    rows = predicted if count > 1 else np.zeros_like(predicted)
+    answered = np.zeros((count, CONFIDENCE_BINS), dtype=np.int64)
+    np.add.at(answered, (rows, bins), 1)
     right: tuple[int, ...] = ()
     if labels is not None and len(labels) == len(predicted):
         hits = np.zeros_like(answered)
         is_right = predicted == np.asarray(labels)
-        np.add.at(hits, (predicted[is_right], bins[is_right]), 1)
+        np.add.at(hits, (rows[is_right], bins[is_right]), 1)
         right = tuple(hits.ravel().tolist())
     return StreamProfile(
         name=f"{scores}.confidence", kind="classes", tensor=scores, counts=tuple(answered.ravel().tolist()), right=right
@@ -231,10 +252,10 @@ def bare_profile(contract: Contract) -> ReferenceProfile | None:
     """What can be counted without a reference: a classifier's answers by class and confidence; None for anything else."""
     last = contract.outputs[0].shape[-1] if contract.task == "classification" and contract.outputs[:1] else 0
     classes = last if isinstance(last, int) and last > 0 else len(contract.labels)
-    if not 1 < classes <= MAX_CLASSES:
+    if classes < 2:
         return None
     scores = contract.outputs[0].name
-    cells = (0,) * (classes * CONFIDENCE_BINS)
+    cells = (0,) * (table_rows(classes) * CONFIDENCE_BINS)
     stream = StreamProfile(name=f"{scores}.confidence", kind="classes", tensor=scores, counts=cells)
     return ReferenceProfile(samples=0, streams=(stream,), classes=classes)
 
@@ -272,9 +293,10 @@ class Sketcher:
 
     def _count_classes(self, number: int, scores: Array) -> None:
         cells = confidence_cells(scores)
-        if cells is None or scores.shape[-1] * CONFIDENCE_BINS != self._counts[number].size:
+        count = table_rows(scores.shape[-1])
+        if cells is None or count * CONFIDENCE_BINS != self._counts[number].size:
             return
-        np.add.at(self._counts[number], cells[0] * CONFIDENCE_BINS + cells[1], 1)
+        np.add.at(self._counts[number], (cells[0] * CONFIDENCE_BINS if count > 1 else 0) + cells[1], 1)
 
     def take(self) -> tuple[bytes, ...]:
         """The encoded sketches since the last call, in the profile's order; they begin again from nothing."""

@@ -13,7 +13,7 @@ from edgekit.schema.base import SCHEMA_VERSION, Record
 from edgekit.schema.digest import Digest
 
 StreamKind = Literal["input", "output", "classes"]
-Summary = Literal["value", "mean", "std", "rms", "peak"]
+Summary = Literal["value", "mean", "std", "rms", "peak", "outside"]
 
 
 class StreamProfile(Record, frozen=True, kw_only=True):
@@ -34,6 +34,9 @@ class StreamProfile(Record, frozen=True, kw_only=True):
     missing: int = 0
     mean: float = 0.0
     std: float = 0.0
+    low: float = 0.0
+    """Summary ``outside``: the reference's least and largest element; a value is the share of elements beyond them."""
+    high: float = 0.0
     right: tuple[int, ...] = ()
     """Kind ``classes`` with labels: how many of ``counts`` were right, for quality estimated without labels."""
 

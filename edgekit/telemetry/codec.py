@@ -20,6 +20,10 @@ from edgekit.schema.message import AnyMessage, MetricSpec, SketchSpec
 
 MAX_BYTES = 256 * 1024
 """No message is larger; more is refused before it is decoded."""
+ZLIB_LEVEL = 6
+WORTH = 0.9
+"""Compressed to more than this share, a message travels as it is."""
+_ZLIB_START = b"\x78"
 _FLOAT_BYTES = 4
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -30,14 +34,34 @@ def encode(message: AnyMessage) -> bytes:
     return _encoder.encode(message)
 
 
+def compress(data: bytes) -> bytes:
+    """The same message as a zlib stream where that is worth it; both begin differently, so nothing else says which it is."""
+    packed = zlib.compress(data, ZLIB_LEVEL)
+    return packed if len(packed) <= len(data) * WORTH else data
+
+
+def _inflate(data: bytes | bytearray | memoryview) -> bytes:
+    """What a zlib stream holds, never more than a message may have."""
+    try:
+        stream = zlib.decompressobj()
+        found = stream.decompress(data, MAX_BYTES + 1)
+    except zlib.error as error:
+        raise ArtifactError("telemetry.malformed", f"message of {len(data)} bytes: {error}.") from error
+    if len(found) > MAX_BYTES or not stream.eof or stream.unused_data:
+        raise ArtifactError("telemetry.malformed", f"message of {len(data)} bytes: not one zlib stream of at most {MAX_BYTES}.")
+    return found
+
+
 def decode(data: bytes | bytearray | memoryview) -> AnyMessage:
-    """The message in some bytes.
+    """The message in some bytes, compressed or not.
 
     Raises:
         ArtifactError: ``telemetry.malformed`` for anything that is not one of ours, or is larger than ``MAX_BYTES``.
     """
     if len(data) > MAX_BYTES:
         raise ArtifactError("telemetry.malformed", f"message of {len(data)} bytes: the largest allowed is {MAX_BYTES}.")
+    if data[:1] == _ZLIB_START:
+        data = _inflate(data)
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

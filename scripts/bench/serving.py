@@ -7,9 +7,9 @@
 
 One model (y = x W, 3 kB of float32 in, 40 bytes out), one machine, one run: all ways take turns, a few hundred requests each,
 and every figure is of all rounds. Latencies are of one client that waits for each answer, its own work included: edgekit's
-Python client, and for the others the same bare socket code with the body that they take. Requests a second are of processes that keep
-several connections busy with bodies made beforehand; their cost is on the same two cores. The first line says how far two
-halves of the bare runs differ, which is the noise. MLServer is installed into .venv/peers/mlserver when it is missing.
+Python client, and for the others the same bare socket code with the body that they take. Requests a second are of processes
+that keep several connections busy with bodies made beforehand; their cost is on the same two cores. The first line says how far
+two halves of the bare runs differ, which is the noise. MLServer is installed into .venv/peers/mlserver when it is missing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -66,9 +67,7 @@ class Authority:
         paths = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         paths[1].write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
+            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         )
         return paths
 
@@ -103,7 +102,9 @@ class Mosquitto:
 
     def start(self) -> Mosquitto:
         assert MOSQUITTO is not None
-        self.process = subprocess.Popen([MOSQUITTO, "-c", str(self.config)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            [MOSQUITTO, "-c", str(self.config)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
         wait_for(self._is_up, what="the broker", seconds=10)
         return self
 
@@ -117,7 +118,9 @@ class Mosquitto:
             self.process.wait()
             self.process = None
 
-    def client(self, name: str, *, client_id: str = "", will: tuple[str, bytes] | None = None, clean: bool = True) -> paho.Client:
+    def client(
+        self, name: str, *, client_id: str = "", will: tuple[str, bytes] | None = None, clean: bool = True
+    ) -> paho.Client:
         """Somebody with a certificate of that name; connected."""
         cert, key = self.authority.issue(name)
         client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=client_id or name, protocol=paho.MQTTv5)
@@ -174,7 +177,7 @@ class Line:
             threading.Thread(target=self._pump, args=(outer, inner, False), daemon=True).start()
             threading.Thread(target=self._pump, args=(inner, outer, True), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, is_downlink: bool) -> None:  # noqa: FBT001
+    def _pump(self, source: socket.socket, sink: socket.socket, is_downlink: bool) -> None:
         try:
             while data := source.recv(65536):
                 if not (is_downlink and self.is_deaf):
@@ -190,10 +193,8 @@ class Line:
     def cut(self) -> None:
         """Both ends lose the connection, without a word."""
         for end in self.sockets:
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             end.close()
         self.sockets.clear()
 

@@ -56,7 +56,7 @@ def publish_amended(world, folder):
     )
     out = world.bundles / "m-1.1.edgekit"
     write_bundle(draft.manifest, draft.blobs, signer=world.signer, out=out)
-    worlds.publish(world.folder, out, keys=[world.signer.public_key])
+    worlds.publish(world.folder, out, keys=[world.signer.public_key], allows_contract_change=True)
 
 
 def publish_sealed(world, recipient):

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from forging import role_signers
 
-from edgekit.agent.inbox import Inbox, InstallRequest
+from edgekit.agent.inbox import Inbox, Request
 from edgekit.agent.stick import StickSource
 from edgekit.errors import DeviceError, EdgekitError, TrustError, UsageError
 from edgekit.repository.ceremony import refresh_repository, rotate
@@ -40,7 +40,7 @@ def refused(world, stick, **changes) -> str:
 
 
 def install(agent, stick):
-    return Inbox(agent.state_dir).ask(InstallRequest(id=secrets.token_hex(8), stick=str(stick)), timeout_s=30)
+    return Inbox(agent.state_dir).ask(Request(id=secrets.token_hex(8), stick=str(stick)), timeout_s=30)
 
 
 def test_stick_long_after_the_timestamp_expired(world, stick):
@@ -150,7 +150,7 @@ def test_agent_without_a_repository_installs_from_a_stick(world, stick, make_age
     answer = install(agent, stick)
     assert (answer.code, agent.served()) == ("", "1.0")
     assert "serves from slot" in answer.text
-    again = Inbox(agent.state_dir).ask(InstallRequest(id="again", stick=str(stick)), timeout_s=30)
+    again = Inbox(agent.state_dir).ask(Request(id="again", stick=str(stick)), timeout_s=30)
     assert again.code == ""
     assert "not older" in again.text
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import signal
+import zlib
 
+import numpy as np
 import pytest
 
+from edgekit.agent.feedback import unpack_tensor
 from edgekit.agent.windows import METRICS, SKETCHES
 from edgekit.counts import decode_counts
-from edgekit.schema.message import Birth, Death, Event, Heartbeat, Reported, WindowBatch
+from edgekit.monitor.sketch import build_profile
+from edgekit.schema.base import encode_json
+from edgekit.schema.message import Birth, Death, Event, Heartbeat, InputSample, Label, Reported, WindowBatch
 from edgekit.telemetry.codec import schema_crc, unpack_values
 from edgekit.telemetry.histogram import LatencyHistogram
 from tests.agent.world import Listener, free_port, wait_for
@@ -152,6 +157,71 @@ def test_killed_agent_leaves_its_will(make_agent, listener):
     assert death.boot == listener.of(Birth)[0].boot
 
 
+def test_sketches_labels_and_samples_of_a_live_model(world, make_agent, listener):
+    """A release with a reference profile: windows carry its sketches and the labels' score; redacted inputs come, too."""
+    reference = np.random.default_rng(0).uniform(-1, 1, size=(6000, 4)).astype(np.float32)
+    profile = build_profile({"x": reference}, {"y": reference[:, :3]}, scores="y")
+    world.publish("1.0", seed=1, baseline=encode_json(profile))
+    listener.start()
+    sampling = {"per_day": 86_400 * 4, "redact": ["drop:x.0"], "k_min": 0}
+    agent = make_agent(**settings(listener, samples=sampling)).start()
+    agent.wait_served("1.0")
+    ids = []
+    for row in reference[:40]:
+        status, _, body = agent.infer(row.tolist())
+        assert status == 200
+        ids.append((body["parameters"]["prediction_id"], int(np.argmax(body["outputs"][0]["data"]))))
+    agent.infer([9.0, 0.0, 0.0, 0.0])
+    labels = [
+        {"prediction_id": name, "label": predicted if place else (predicted + 1) % 3}
+        for place, (name, predicted) in enumerate(ids)
+    ]
+    labels.append({"prediction_id": "long-ago", "label": "b"})
+    status, body = agent.post("/v2/models/m/labels", {"labels": labels})
+    assert (status, body) == (202, {"counted": 40, "forwarded": 1})
+
+    def score():
+        models = [model for window in windows_of(listener) for model in window.models]
+        return (
+            sum(model.requests for model in models),
+            sum(model.labelled for model in models),
+            sum(model.right for model in models),
+        )
+
+    wait_for(lambda: score() == (41, 40, 39), what="requests and labels in the windows")
+    models = [model for window in windows_of(listener) for model in window.models]
+    assert {model.profile for model in models} == {zlib.crc32(encode_json(profile))}
+    assert sum(model.sketched for model in models) == 41
+    first = profile.streams[0]
+    counts = np.zeros(len(first.edges) + 2, dtype=int)
+    for model in models:
+        if model.sketches:
+            counts += decode_counts(model.sketches[0], cells=counts.size)
+    assert counts.sum() == 41
+    assert counts[-2] == 1, "9.0 is above everything in the reference"
+    wait_for(lambda: listener.of(InputSample) or (agent.infer([0.5, 0.1, 0.1, 0.1]) and None), what="a sample")
+    sample = listener.of(InputSample)[0]
+    array = unpack_tensor(sample.tensors[0])
+    assert np.isnan(array[0, 0])
+    assert np.isfinite(array[0, 1:]).all()
+    assert sample.redacted == ("drop:x.0",)
+    (label,) = [label for label in listener.of(Label) if not label.is_counted]
+    assert (label.prediction_id, label.label) == ("long-ago", "b")
+    agent.stop()
+    wait_for(lambda: listener.of(Death))
+    wait_for(lambda: is_whole(listener), what="every seq")
+
+
+def test_profile_that_cannot_be_read_keeps_no_model_from_serving(world, make_agent, listener):
+    world.publish("1.0", seed=1, baseline=b"{no profile")
+    listener.start()
+    agent = make_agent(**settings(listener)).start()
+    agent.wait_served("1.0")
+    assert agent.infer([0.1, 0.2, 0.3, 0.4])[0] == 200
+    wait_for(lambda: agent.logged("event=profile_unreadable"), what="the complaint")
+    wait_for(lambda: [model for window in windows_of(listener) for model in window.models if model.requests], what="the window")
+
+
 def test_full_spool_merges_old_windows_and_loses_nothing(world, make_agent, listener):
     world.publish("1.0", seed=1)
     agent = make_agent(**settings(listener, window_s=0.02, outbox_bytes=24_000)).start()
@@ -173,7 +243,7 @@ def test_full_spool_merges_old_windows_and_loses_nothing(world, make_agent, list
     for window in windows_of(listener):
         latencies.merge(LatencyHistogram.decode(window.sketches[0]) if window.sketches else LatencyHistogram())
     assert latencies.count == 30
-    (model,) = {model.model_digest for window in windows_of(listener) for model in window.models}
+    assert len({model.model_digest for window in windows_of(listener) for model in window.models}) == 1
     assert sum(model.requests for window in windows_of(listener) for model in window.models) == 30
     answers = [decode_counts(model.sketches[0], cells=60) for window in windows_of(listener) for model in window.models]
     assert sum(map(sum, answers)) == 30

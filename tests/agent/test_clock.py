@@ -62,6 +62,20 @@ def test_jump_is_told_before_the_next_message(tmp_path):
     assert events[1].fields == {"delta_ms": 50_000, "last_seq": 1, "is_correction": True}
 
 
+def test_nothing_expires_while_nobody_knows_the_time(tmp_path):
+    time = Time()
+    outbox = Outbox(tmp_path / "o.db", max_bytes=1 << 20, ttl_s={"ev": -1.0})
+    journal = Journal(outbox, AgentConfig(device="d", broker="mqtt://127.0.0.1:1"), "0", clock=time.clock())
+    journal.event("agent_started")
+    journal.expire()
+    assert [decode(row.payload).kind for row in outbox.read(kinds=("ev",))] == ["agent_started"]
+    time.source = "ntp"
+    journal.clock.refresh()
+    journal.expire()
+    (told,) = [decode(row.payload) for row in outbox.read(kinds=("ev",))]
+    assert (told.kind, told.fields["reason"], told.fields["ranges"]) == ("messages_dropped", "expired", "1")
+
+
 def stepped(seq, delta_ms, last_seq, **fields):
     fields = {"delta_ms": delta_ms, "last_seq": last_seq, "is_correction": True} | fields
     return Event(boot=7, seq=seq, time_ms=0, kind="clock_stepped", fields=fields)
@@ -81,7 +95,9 @@ def starts(store):
 
 def test_server_moves_stamps_that_are_here_and_those_that_come_later():
     day = 86_400_000
-    one = stored(birth(), windows(window(2, 1000)), stepped(4, day, 3), windows(window(3, 2000), is_late=True), windows(window(5, day)))
+    one = stored(
+        birth(), windows(window(2, 1000)), stepped(4, day, 3), windows(window(3, 2000), is_late=True), windows(window(5, day))
+    )
     assert starts(one) == [day, day + 1000, day + 2000]
     again = stored(birth(), windows(window(2, 1000)), stepped(4, day, 3), stepped(4, day, 3))
     assert starts(again) == [day + 1000], "told twice, moved once"
@@ -94,5 +110,3 @@ def test_jump_of_a_clock_that_was_right_moves_nothing():
 def test_nonsense_of_a_device_moves_nothing_out_of_range():
     store = stored(birth(), windows(window(2, 1000)), stepped(4, -(10**15), 3), stepped(5, 2**70, 3), stepped(6, "x", 3))
     assert starts(store) == [1000]
-
-

@@ -96,14 +96,14 @@ def test_live_goes_on_beside_a_backlog_and_the_backlog_beside_live(made):
         journal.on_stored = courier.pump
         done = 1
         for round_number in range(60):
-            for _ in range(5):
+            for _ in range(10):
                 journal.event("agent_started", str(round_number))
             waiting = [mid for mid in sorted(courier._in_flight) if mid > done][:8]
             confirm(courier, wire, *waiting)
         events = wire.verbs.count("ev")
         late = [batch for batch in wire.batches() if batch.is_late]
-        assert events >= 250, "live events are not held up by 100 batches of backlog"
-        assert len(late) > 40, "and the backlog is not held up by a device that has always something to say"
+        assert events >= 350, "live events are not held up by 100 batches of backlog"
+        assert len(late) > 60, "and the backlog is not held up by a device that has always something to say"
 
     asyncio.run(story())
 

@@ -33,7 +33,11 @@ def make_window(seq, latencies, *, digest="a" * 12, bins=(1, 0, 2), **values):
     known = {"requests": len(latencies), "samples": len(latencies), "uptime_s": seq, "rss_mb": 50 + seq, "cpu_percent": seq}
     known |= read_quantiles(sketches) | values
     model = ModelWindow(
-        model_digest=digest, requests=len(latencies), sketched=sum(bins), sketches=(encode_counts(bins),), verdicts={"clip x": seq}
+        model_digest=digest,
+        requests=len(latencies),
+        sketched=sum(bins),
+        sketches=(encode_counts(bins),),
+        verdicts={"clip x": seq},
     )
     return Window(
         seq=seq,
@@ -127,10 +131,19 @@ def test_what_cannot_be_merged_is_left_alone(case):
 
 
 def test_two_workers_of_one_model_are_one_row_and_two_models_two():
-    one = Figures(model_digest="sha256:" + "a" * 64, requests=2, latency=sketch([1, 2]), sketches=(b"\x01",), labelled=1, right=1)
+    one = Figures(
+        model_digest="sha256:" + "a" * 64, requests=2, latency=sketch([1, 2]), sketches=(b"\x01",), labelled=1, right=1
+    )
     other = Figures(model_digest="sha256:" + "b" * 64, requests=1, latency=sketch([9]))
     idle = Figures(model_digest="sha256:" + "c" * 64)
     (row,) = model_windows([one, one, idle])
-    assert (row.model_digest, row.requests, row.sketches, row.labelled, row.right, row.latency) == ("a" * 12, 4, (b"\x02",), 2, 2, b"")
+    assert (row.model_digest, row.requests, row.sketches, row.labelled, row.right, row.latency) == (
+        "a" * 12,
+        4,
+        (b"\x02",),
+        2,
+        2,
+        b"",
+    )
     rows = model_windows([one, other])
     assert [LatencyHistogram.decode(row.latency).count for row in rows] == [2, 1]

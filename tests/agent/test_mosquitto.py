@@ -313,3 +313,27 @@ def test_killed_device_has_its_will_published_after_the_delay(tmp_path, authorit
 
     asyncio.run(story())
     server.stop()
+
+
+def test_what_nobody_hears_is_kept_until_somebody_listens(tmp_path, authority, make_broker):
+    """The broker confirms what it throws away, because the server's session is gone: that is no delivery."""
+    broker = make_broker()
+
+    async def story():
+        device = Device(tmp_path, authority, broker.port)
+        await device.connect()
+        device.journal.event("agent_started")
+        put_windows(device.outbox, 40, start=10, boot=device.journal.boot)
+        await asyncio.sleep(0.5)
+        assert device.outbox.count >= 41
+        assert device.courier.last_refusal == "nobody listens"
+        assert device.courier.sent_messages < 40, "it asks now and then, and does not shout"
+        server = Server(broker)
+        await device.drained()
+        await until(lambda: len({window.seq for batch in server.of(WindowBatch) for window in batch.windows}) == 40)
+        await until(lambda: [event.kind for event in server.of(Event)] == ["agent_started"])
+        await device.courier.stop()
+        device.outbox.close()
+        server.stop()
+
+    asyncio.run(story())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.agent.config import AgentConfig, ModelConfig, ResourcesConfig
+from edgekit.agent.config import AgentConfig, ModelConfig, ResourcesConfig, check_config
 from edgekit.agent.service import make_unit
 from edgekit.errors import UsageError
 
@@ -72,6 +72,17 @@ def test_secrets_reach_a_dynamic_user_as_credentials():
     named = parse(unit_of(config, user="edge"))
     assert named["User"] == ["edge"]
     assert "LoadCredential" not in named
+
+
+def test_credential_of_systemd_is_private_whatever_its_mode_looks_like(tmp_path, monkeypatch):
+    identity = tmp_path / "age_identity"
+    identity.write_text("AGE-SECRET-KEY-1")
+    identity.chmod(0o440)
+    config = AgentConfig(device="cam", state_dir="/x", age_identity=str(identity))
+    with pytest.raises(UsageError):
+        check_config(config)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    check_config(config)
 
 
 def test_limits_come_from_the_settings():

@@ -46,7 +46,9 @@ def covered(windows):
 
 
 def told(lost):
-    return [seq for drop in lost for at in range(0, len(drop.ranges), 2) for seq in range(drop.ranges[at], drop.ranges[at + 1] + 1)]
+    return [
+        seq for drop in lost for at in range(0, len(drop.ranges), 2) for seq in range(drop.ranges[at], drop.ranges[at + 1] + 1)
+    ]
 
 
 def test_old_windows_become_coarse_and_nothing_is_lost(box):
@@ -102,6 +104,15 @@ def test_what_is_on_its_way_is_neither_merged_nor_dropped(box):
     before = box.count
     box.confirm(sorted(box.held))
     assert box.count == before - 5
+
+
+def test_what_is_on_its_way_is_not_dropped_for_room(tmp_path):
+    box = Outbox(tmp_path / "full.db", max_bytes=20_000)
+    put_windows(box, 10)
+    box.held = {row.id for row in box.read(kinds=("w",), limit=5)}
+    lost = put_windows(box, 500, start=11)
+    assert [row.seq for row in box.read(kinds=("w",), limit=5)] == [1, 2, 3, 4, 5]
+    assert min(told(lost)) == 6
 
 
 def test_merged_spool_survives_reopening(tmp_path, box):

@@ -163,11 +163,12 @@ class World:
         padding=0,
         name: str = "m",
         golden: bytes | None = None,
+        baseline: bytes = b"",
     ):
         """Publish a release; a broken one has golden samples of other weights."""
         made, weights = build_model(seed, padding)
         golden = golden or build_golden(weights[::-1] if broken else weights)
-        blobs = {(0, "model"): model or made, (0, "golden"): golden}
+        blobs = {(0, "model"): model or made, (0, "golden"): golden} | ({(0, "baseline"): baseline} if baseline else {})
         manifest = build_manifest(version=version, blobs=blobs, requires=requires, name=name)
         out = self.bundles / f"{name}-{version}.edgekit"
         write_bundle(manifest, {digest_bytes(data): data for data in blobs.values()}, signer=self.signer, out=out)
@@ -239,6 +240,14 @@ class Agent:
             self.process.kill()
             self.process.wait()
             raise
+
+    def post(self, path: str, body):
+        """Status and JSON of a request with a JSON body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("POST", path, json.dumps(body))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
 
     def get(self, path: str):
         """Status and JSON; (0, None) when nobody answers."""

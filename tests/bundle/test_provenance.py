@@ -800,7 +800,7 @@ def test_packed_bundle_is_verified_inspected_and_unpacked(world, capsys, tmp_pat
         "provenance: model.onnx from m.onnx",
         "CycloneDX 1.6",
         "card.md, card.html",
-        "over 10 files (verified)",
+        "over 11 files (verified)",
     ):
         assert words in out
     _, out, _ = run(capsys, "bundle", "inspect", file, "--key", world / "publisher.pub")
@@ -813,7 +813,7 @@ def test_packed_bundle_is_verified_inspected_and_unpacked(world, capsys, tmp_pat
     assert "data.npz" in text
     code, out, _ = run(capsys, "bundle", "verify", folder, "--oms-key", world / "oms.pub")
     assert code == 0
-    assert "10 files of kws-1.0.0 are as they were signed" in out
+    assert "11 files of kws-1.0.0 are as they were signed" in out
     (folder / "card.md").write_text("better")
     assert run(capsys, "bundle", "verify", folder, "--oms-key", world / "oms.pub")[0] == 4
     assert run(capsys, "bundle", "verify", folder)[0] == 2

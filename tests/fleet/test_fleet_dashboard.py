@@ -9,6 +9,7 @@ import threading
 import time
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
@@ -20,6 +21,7 @@ from edgekit.fleet.drawing import histogram, sparkline
 from edgekit.fleet.server import make_app
 from edgekit.fleet.store import Store
 from edgekit.fleet.writing import Fault, Received
+from edgekit.schema.message import ModelWindow
 
 HOSTILE = '"><script>alert(1)</script>'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -166,6 +168,21 @@ def test_device_page_shows_gaps_and_refusal(client, store):
     assert "2 missing" in text
     assert "selftest.mismatch" in text
     assert "<rect" in text
+
+
+def test_device_page_shows_labels_merged_windows_and_told_losses(client, store):
+    now = now_ms()
+    fill(store)
+    model = ModelWindow(model_digest="ab" * 6, requests=200, samples=200, labelled=50, right=45)
+    whole = msgspec.structs.replace(window(20, now - 5000), merged=(8, 20), models=(model,))
+    dropped = event(21, "messages_dropped", time_ms=now, fields={"boot": 7, "ranges": "6-7"})
+    store.apply([Received(site="lab", device="pi-1", message=m, received_ms=now) for m in (windows(whole), dropped)])
+    text = " ".join(client.get("/devices/lab/pi-1").text.split())
+    assert "45 of 50 labelled answers of the last day right" in text
+    assert "25.0 % of 200 labelled" in text
+    assert "13 as part of a merged window" in text
+    assert "2 given up by the device" in text
+    assert "0 missing" in text
 
 
 def without_stream(app):

@@ -38,7 +38,9 @@ def gaps(store):
 def total(store):
     """All requests that are stored, by the windows and by the models' rows."""
     with store._reading() as connection:
-        vectors = [msgspec.msgpack.decode(row.sketches, type=tuple[bytes, ...]) for row in connection.execute(tables.windows.select())]
+        vectors = [
+            msgspec.msgpack.decode(row.sketches, type=tuple[bytes, ...]) for row in connection.execute(tables.windows.select())
+        ]
         rows = connection.execute(tables.model_windows.select()).all()
     from edgekit.telemetry.histogram import LatencyHistogram
 

@@ -13,6 +13,7 @@ from edgekit.errors import ArtifactError
 from edgekit.monitor.sketch import (
     CONFIDENCE_BINS,
     Sketcher,
+    bare_profile,
     build_profile,
     cells_of,
     choose_streams,
@@ -25,6 +26,8 @@ from edgekit.monitor.sketch import (
 )
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.baseline import ReferenceProfile
+from edgekit.schema.contract import Contract
+from edgekit.schema.tensor import TensorSpec
 
 COUNTS = arrays(np.int64, st.integers(1, 60), elements=st.one_of(st.just(0), st.integers(0, 1 << 40)))
 RNG = np.random.default_rng(0)
@@ -109,11 +112,11 @@ def test_what_is_new_on_the_device_has_its_bins():
 @pytest.mark.parametrize(
     ("shape", "names"),
     [
-        ((9, 3, 8, 8), ["x[0].mean", "x[0].std", "x[1].mean", "x[1].std", "x[2].mean", "x[2].std"]),
-        ((9, 8, 8, 1), ["x.mean", "x.std"]),
-        ((9, 16000), ["x.mean", "x.std", "x.peak"]),
+        ((9, 3, 8, 8), ["x[0].mean", "x[0].std", "x[1].mean", "x[1].std", "x[2].mean", "x[2].std", "x.outside"]),
+        ((9, 8, 8, 1), ["x.mean", "x.std", "x.outside"]),
+        ((9, 16000), ["x.mean", "x.std", "x.peak", "x.outside"]),
         ((9, 2), ["x[0]", "x[1]"]),
-        ((9, 40, 98), ["x.mean", "x.std", "x.peak"]),
+        ((9, 40, 98), ["x.mean", "x.std", "x.peak", "x.outside"]),
     ],
 )
 def test_streams_suit_the_kind_of_input(shape, names):
@@ -156,7 +159,7 @@ def test_live_tensor_of_another_shape_counts_nothing():
     sketcher = Sketcher(build_profile({"x": RNG.random((50, 3, 4, 4))}, {"y": SCORES[:50]}, scores="y"))
     sketcher.observe({"x": RNG.random((1, 2, 4, 4)), "z": np.ones(3)}, {"y": np.ones((1, 9), dtype=np.float32)})
     counts = [decode_counts(data, cells=40).sum() for data in sketcher.take()[:-1]]
-    assert counts == [1, 1, 1, 1, 0, 0]
+    assert counts == [1, 1, 1, 1, 0, 0, 1]
 
 
 def test_sketch_of_a_minute_is_small():
@@ -173,3 +176,41 @@ def test_edges_of_nothing_and_of_one_value():
     assert cut_edges(np.array([5.0, 5.0])) == (2.5, 7.5)
     with pytest.raises(ArtifactError, match="no samples"):
         build_profile({"x": np.zeros((0, 3))})
+
+
+def test_share_outside_the_calibrated_range_is_counted():
+    reference = RNG.uniform(0, 1, (200, 3, 8, 8)).astype(np.float32)
+    profile = build_profile({"x": reference})
+    stream = profile.streams[-1]
+    assert (stream.name, stream.low, stream.high) == ("x.outside", float(reference.min()), float(reference.max()))
+    assert stream.counts[1] == 200
+    sketcher = Sketcher(profile)
+    bright = np.full((2, 3, 8, 8), 0.5, np.float32)
+    bright[0, :, :4] = 1.5
+    sketcher.observe({"x": bright}, {})
+    counts = decode_counts(sketcher.take()[-1], cells=cells_of(stream))
+    assert counts.tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_answers_of_very_many_classes_are_counted_by_confidence():
+    scores = RNG.dirichlet(np.ones(1000) * 0.01, size=300).astype(np.float32)
+    labels = scores.argmax(axis=1)
+    profile = build_profile({"x": RNG.random((300, 2))}, {"y": scores}, scores="y", labels=labels)
+    stream = profile.streams[-1]
+    assert (len(stream.counts), sum(stream.counts), stream.right, profile.classes) == (
+        CONFIDENCE_BINS,
+        300,
+        stream.counts,
+        1000,
+    )
+    sketcher = Sketcher(profile)
+    sketcher.observe({"x": RNG.random((300, 2))}, {"y": scores})
+    assert decode_counts(sketcher.take()[-1], cells=CONFIDENCE_BINS).tolist() == list(stream.counts)
+
+
+@pytest.mark.parametrize(("classes", "cells"), [(3, 60), (1000, 20), (1, 0)])
+def test_what_is_counted_without_a_reference(classes, cells):
+    output = TensorSpec(name="y", dtype="float32", shape=("batch", classes))
+    profile = bare_profile(Contract(inputs=(), outputs=(output,), task="classification"))
+    assert (len(profile.streams[0].counts) if profile else 0) == cells
+    assert bare_profile(Contract(inputs=(), outputs=(output,))) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -17,14 +18,18 @@ from edgekit.schema.message import (
     Death,
     Event,
     Heartbeat,
+    InputSample,
+    Label,
     MetricSpec,
+    ModelWindow,
     Reported,
+    SampleTensor,
     SketchSpec,
     SlotReport,
     Window,
     WindowBatch,
 )
-from edgekit.telemetry.codec import MAX_BYTES, decode, encode, pack_values, schema_crc, unpack_values
+from edgekit.telemetry.codec import MAX_BYTES, compress, decode, encode, pack_values, schema_crc, unpack_values
 from edgekit.telemetry.histogram import PER_OCTAVE, LatencyHistogram, bounds_of, index_of
 from edgekit.telemetry.topics import VERBS, parse_topic, subscription, topic
 
@@ -44,6 +49,42 @@ MESSAGES = {
         schema=schema_crc(METRICS, SKETCHES),
     ),
     "event": Event(boot=7, seq=3, time_ms=5, kind="install_refused", detail="d", code="selftest.mismatch", fields={"x": 1.5}),
+    "merged": WindowBatch(
+        boot=7,
+        windows=(
+            Window(
+                seq=9,
+                start_ms=1,
+                duration_ms=600_000,
+                values=pack_values([1.0, math.nan]),
+                sketches=(b"\x01\x02\x03",),
+                models=(
+                    ModelWindow(
+                        model_digest="ab" * 6,
+                        requests=4,
+                        samples=4,
+                        sketched=3,
+                        sketches=(b"\x03", b""),
+                        verdicts={"clip x": 2},
+                        labelled=2,
+                        right=1,
+                        profile=77,
+                    ),
+                ),
+                merged=(2, 7, 9, 9),
+            ),
+        ),
+    ),
+    "label": Label(boot=7, seq=5, time_ms=5, model_digest="ab" * 6, prediction_id="p-1", label="cat", predicted="dog"),
+    "sample": InputSample(
+        boot=7,
+        seq=6,
+        time_ms=5,
+        model_digest="ab" * 6,
+        prediction_id="p-1",
+        tensors=(SampleTensor(name="x", dtype="uint8", shape=(2,), data=b"ab"),),
+        redacted=("blur:x:2",),
+    ),
     "reported": Reported(boot=7, seq=4, time_ms=5, slots=(SlotReport(name="a", status="active", version="1"),), active="a"),
 }
 
@@ -195,3 +236,29 @@ def test_extremes_are_counted(value):
     bins.add(math.nan)
     assert bins.count == 1
     assert LatencyHistogram.decode(bins.encode()) == bins
+
+
+def test_message_travels_compressed_where_that_is_worth_it():
+    windows = tuple(
+        Window(seq=n, start_ms=0, duration_ms=60_000, values=bytes(84), sketches=(b"\x01" * 30,)) for n in range(1, 31)
+    )
+    plain = encode(WindowBatch(boot=7, windows=windows))
+    packed = compress(plain)
+    assert len(packed) < len(plain) / 2
+    assert decode(packed) == decode(memoryview(packed)) == decode(plain)
+    small = encode(Death(boot=7))
+    assert compress(small) is small
+
+
+@given(st.binary(max_size=300))
+def test_any_compressed_bytes_are_a_message_or_refused(data):
+    for attempt in (b"\x78" + data, zlib.compress(data), zlib.compress(encode(Death(boot=7))) + data):
+        try:
+            decode(attempt)
+        except ArtifactError as error:
+            assert error.code == "telemetry.malformed"  # noqa: PT017 - only some bytes are refused
+
+
+def test_small_message_does_not_become_a_large_one():
+    with pytest.raises(ArtifactError, match="zlib"):
+        decode(zlib.compress(bytes(MAX_BYTES * 50)))
