@@ -41,6 +41,8 @@ from edgekit.trust.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+ROOTS_A_STEP = 256
+MAX_STEPS = 16
 MANIFEST_PATH = re.compile(r"models/([^/]+)/([^/]+)/(?:([^/]+)/)?manifest\.json\Z")
 MAX_DELEGATED_ROLES = 64
 MAX_RECALLS = 4096
@@ -119,22 +121,48 @@ def open_metadata(metadata_dir: Path, url: str, *, root: bytes, time: datetime, 
         RepositoryError, TrustError, DeviceError: as :func:`refresh_metadata`.
     """
     try:
-        return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+        return _catch_up(metadata_dir, url, root, time=time, fetcher=fetcher)
     except OSError as error:
         if error.errno in _NOT_CURED_BY_A_NEW_CACHE:
             _raise_storage(error, metadata_dir)
         logger.warning("metadata cache is damaged, making a new one: path=%s error=%s", metadata_dir, error)
     _remove(metadata_dir)
     try:
-        return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+        return _catch_up(metadata_dir, url, root, time=time, fetcher=fetcher)
     except OSError as second:
         _raise_storage(second, metadata_dir)
 
 
+def _catch_up(metadata_dir: Path, url: str, root: bytes, *, time: datetime, fetcher: BoundedFetcher) -> Updater:
+    """Refresh; a device that slept through more new roots than one step may take goes on from where the step ended.
+
+    A step takes ``ROOTS_A_STEP`` new roots (TUF 5.3.3 asks for a bound), each verified by the one before and kept; only
+    ``MAX_STEPS`` of them are taken at once, the rest with the next refresh.
+    """
+    for _ in range(MAX_STEPS - 1):
+        before = _known_roots(metadata_dir)
+        try:
+            return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+        except TrustError:
+            if _known_roots(metadata_dir) - before < ROOTS_A_STEP:
+                raise
+            logger.info("event=roots_followed count=%d", _known_roots(metadata_dir))
+    return _refresh(metadata_dir, url, root, time=time, fetcher=fetcher)
+
+
+def _known_roots(metadata_dir: Path) -> int:
+    """How many roots were verified and kept."""
+    try:
+        return sum(path.name.endswith(".root.json") for path in (metadata_dir / "root_history").iterdir())
+    except FileNotFoundError:
+        return 0
+
+
 def _refresh(metadata_dir: Path, url: str, root: bytes, *, time: datetime, fetcher: BoundedFetcher) -> Updater:
     metadata_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+    config = UpdaterConfig(max_root_rotations=_known_roots(metadata_dir) + ROOTS_A_STEP)
     try:
-        updater = Updater(str(metadata_dir), url, fetcher=fetcher, config=UpdaterConfig(), bootstrap=root)
+        updater = Updater(str(metadata_dir), url, fetcher=fetcher, config=config, bootstrap=root)
     except exceptions.RepositoryError as error:
         raise TrustError(
             "trust.root",
