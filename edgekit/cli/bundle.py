@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from edgekit.cli import bundle_evidence, bundle_export, bundle_inputs
-from edgekit.cli.bundle_baseline import add_baseline
+from edgekit.cli.bundle_baseline import add_baseline, baseline_line
 from edgekit.cli.console import format_bytes, note, out, out_json, paint, table, warn
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.schema.digest import short
@@ -99,7 +99,9 @@ def pack(
     name: str = typer.Option(..., "--name", help="The model's name, lower case."),
     version: str = typer.Option(..., "--version", help="The release's version, for example 1.0.0."),
     key: list[Path] = typer.Option([], "--key", help="The publisher's private key; several sign together."),
-    data: str = typer.Option("", "--data", metavar="DATA", help="Real samples to make golden samples from."),
+    data: str = typer.Option(
+        "", "--data", metavar="DATA", help="Real samples: golden samples and the drift baseline come from them."
+    ),
     golden: int = typer.Option(8, "--golden", min=1, max=64, help="Golden samples to keep."),
     parity: str = typer.Option(
         "", "--parity", metavar="LIMIT", help='How alike variants must answer.  Default: "agreement>=0.95" or "sqnr_db>=20".'
@@ -384,6 +386,7 @@ def _show(bundle: Bundle) -> None:
         lines.append(("golden", f"{len(golden.samples)} samples; {golden.tolerance_reason}"))
         made.append(golden.features)
     lines += bundle_inputs.feature_lines(manifest.features, made)
+    lines += baseline_line(bundle)
     if sealed:
         names = dict.fromkeys(name for how in sealed.values() for name in how.recipients)
         lines.append(("sealed", f"model and golden samples, with age, for {', '.join(names)}"))

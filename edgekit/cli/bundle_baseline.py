@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgekit.bundle.reader import Bundle
     from edgekit.bundle.sampling import OpenedModel
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
@@ -46,6 +47,20 @@ def add_baseline(draft: Draft, data: Dataset | None, open_model: Callable[[], Op
             "yellow",
         )
     return draft.with_blob(BASELINE_PATH, "baseline", encode_json(profile))
+
+
+def baseline_line(bundle: Bundle) -> list[tuple[str, str]]:
+    """What ``bundle inspect`` says of the reference profile."""
+    from edgekit.schema.base import decode_json
+    from edgekit.schema.baseline import ReferenceProfile
+
+    ref = next((ref for ref in bundle.manifest.blobs if ref.role == "baseline"), None)
+    if ref is None:
+        return [("baseline", "none: devices cannot see drift; pack with --data")]
+    profile = decode_json(bundle.blob(ref.digest), ReferenceProfile, name=ref.path)
+    names = [stream.name for stream in profile.streams]
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return [("baseline", f"{profile.samples} samples of {profile.source or 'unnamed data'}: {shown}")]
 
 
 def profile_of(contract: Contract, data: Dataset, model: OpenedModel) -> ReferenceProfile:

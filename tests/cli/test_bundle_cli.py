@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
 from releases import candidate_folder, tiny_bundle
 
+from edgekit.bundle.reader import read_bundle
 from edgekit.cli.main import main
+from edgekit.monitor.sketch import count_values
+from edgekit.schema.base import decode_json
+from edgekit.schema.baseline import ReferenceProfile
 from edgekit.trust.signer import generate_signer
 
 
@@ -145,3 +150,30 @@ def test_pack_can_be_made_again_byte_for_byte(world, capsys, tmp_path, monkeypat
 
 def test_tiny_bundle_of_the_tests_is_a_bundle(tmp_path, capsys):
     assert run(capsys, "bundle", "inspect", tiny_bundle(tmp_path / "x.edgekit", generate_signer()))[0] == 0
+
+
+def test_reference_profile_comes_from_the_packers_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    candidate_folder(tmp_path / "out", seed=3)
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, (600, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, labels=random.integers(0, 3, 600))
+    assert main(["bundle", "keygen", "--out", "p"]) == 0
+    pack = ["bundle", "pack", "out", "--name", "kws", "--key", "p.pem"]
+    assert main([*pack, "--version", "1.0"]) == 0
+    assert main([*pack, "--version", "1.1", "--data", "data.npz"]) == 0
+    assert "below 5000" in capsys.readouterr().err
+    bundle = read_bundle(Path("kws-1.1.edgekit"))
+    (ref,) = [ref for ref in bundle.manifest.blobs if ref.role == "baseline"]
+    profile = decode_json(bundle.blob(ref.digest), ReferenceProfile)
+    assert (profile.samples, profile.classes, profile.source) == (600, 3, "data.npz")
+    columns = [stream for stream in profile.streams if stream.kind == "input" and stream.axis.startswith("f")]
+    assert len(columns) == 4
+    for stream, column in zip(columns, x.T, strict=True):
+        assert stream.counts == tuple(count_values(column.astype(np.float64), np.array(stream.edges))[:-1])
+    answers = next(stream for stream in profile.streams if stream.kind == "classes")
+    assert sum(answers.counts) == 600
+    assert 0 < sum(answers.right) < 600
+    for name, text in (("kws-1.1.edgekit", "600 samples of data.npz"), ("kws-1.0.edgekit", "devices cannot see drift")):
+        assert main(["bundle", "inspect", name]) == 0
+        assert text in capsys.readouterr().out
