@@ -240,12 +240,3 @@ def unpack_tensor(tensor: SampleTensor) -> Any:
     """The array of a sampled tensor."""
     data = zlib.decompress(tensor.data) if tensor.encoding == "zlib" else tensor.data
     return np.frombuffer(data, dtype=np.dtype(tensor.dtype)).reshape(tensor.shape)
-
-
-def label_answer(feedback: Feedback, body: bytes) -> bytes:
-    """The answer to a request with labels.
-
-    Raises:
-        DataError: as :meth:`Feedback.take`.
-    """
-    return msgspec.json.encode(feedback.take(body))

@@ -30,19 +30,6 @@ class InputGuard(Guard):
         is_classifier = contract.task == "classification" and contract.outputs
         self._scores = contract.outputs[0].name if is_classifier else None
 
-    def check(self, feeds: Mapping[str, Array]) -> None:
-        """Refuse what the contract refuses.
-
-        Raises:
-            DataError: naming the input and what was expected.
-        """
-        self.apply(feeds)
-
-    def count_out_of_range(self, feeds: Mapping[str, Array]) -> tuple[int, int]:
-        """Samples in the feeds (axis 0 is the batch), and how many have a value outside the declared range."""
-        guarded = self.apply(feeds)
-        return guarded.samples, guarded.out_of_range
-
     def confidence(self, outputs: Mapping[str, Array]) -> tuple[float, int]:
         """Sum and count of the highest class probability; logits go through a softmax. (0, 0) where there are no classes."""
         scores = outputs.get(self._scores) if self._scores else None

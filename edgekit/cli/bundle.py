@@ -21,9 +21,9 @@ from edgekit.schema.digest import short
 
 if TYPE_CHECKING:
     from edgekit.bundle.reader import Bundle
-    from edgekit.bundle.sampling import OpenedModel
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
+    from edgekit.runtime.session import Session
     from edgekit.schema.candidate import Candidate
     from edgekit.schema.manifest import GoldenFeatures, Manifest, Parity, Requires
     from edgekit.schema.target import TargetProfile
@@ -283,7 +283,7 @@ def _sealed(draft: Draft, recipients: tuple[str, ...], destination: Path) -> Ite
         yield seal_models(draft, recipients, folder=Path(folder))
 
 
-def _open(path: Path, *, threads: int, is_optimized: bool) -> OpenedModel:
+def _open(path: Path, *, threads: int, is_optimized: bool) -> Session:
     from edgekit.runtime.registry import open_session
     from edgekit.runtime.session import SessionOptions
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekit.cli.console import note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from edgekit.bundle.reader import Bundle
-    from edgekit.bundle.sampling import OpenedModel
     from edgekit.bundle.writer import Draft
     from edgekit.dataset.data import Dataset
+    from edgekit.runtime.session import Session
     from edgekit.schema.baseline import ReferenceProfile
     from edgekit.schema.contract import Contract
 
 BASELINE_PATH = "baseline.json"
 MAX_SAMPLES = 20_000
-BATCH_SIZE = 32
 
 
-def add_baseline(draft: Draft, data: Dataset | None, open_model: Callable[[], OpenedModel]) -> Draft:
+def add_baseline(draft: Draft, data: Dataset | None, open_model: Callable[[], Session]) -> Draft:
     """The draft with its reference profile; unchanged without data.
 
     Args:
@@ -63,20 +60,21 @@ def baseline_line(bundle: Bundle) -> list[tuple[str, str]]:
     return [("baseline", f"{profile.samples} samples of {profile.source or 'unnamed data'}: {shown}")]
 
 
-def profile_of(contract: Contract, data: Dataset, model: OpenedModel) -> ReferenceProfile:
+def profile_of(contract: Contract, data: Dataset, model: Session) -> ReferenceProfile:
     """The profile of at most ``MAX_SAMPLES`` samples, evenly spread."""
     import numpy as np
 
+    from edgekit.evaluation.evaluate import predict
     from edgekit.monitor.sketch import build_profile
 
     chosen = np.unique(np.linspace(0, len(data) - 1, num=min(MAX_SAMPLES, len(data))).round().astype(int))
-    inputs = {spec.name: data.inputs[spec.name][chosen] for spec in contract.inputs if spec.name in data.inputs}
+    some = data.select(chosen)
     scores = contract.outputs[0].name if contract.task == "classification" and contract.outputs else ""
-    outputs = {scores: _answers(model, contract, inputs, scores)} if scores else {}
-    labels = None if data.labels is None else np.asarray(data.labels)[chosen]
+    outputs = {scores: predict(model, some)[scores]} if scores else {}
+    labels = some.labels
     is_indices = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
     return build_profile(
-        inputs,
+        {spec.name: some.inputs[spec.name] for spec in contract.inputs if spec.name in some.inputs},
         outputs,
         columns=data.columns,
         scores=scores,
@@ -84,22 +82,3 @@ def profile_of(contract: Contract, data: Dataset, model: OpenedModel) -> Referen
         data=data.digest,
         source=data.source,
     )
-
-
-def _answers(model: OpenedModel, contract: Contract, inputs: Mapping[str, NDArray[Any]], scores: str) -> NDArray[Any]:
-    """The class scores of every sample; a fixed batch is filled with its last sample."""
-    import numpy as np
-
-    axis = contract.inputs[0].shape[0] if contract.inputs[0].shape else 1
-    fixed = axis if isinstance(axis, int) and axis > 0 else None
-    size, parts = fixed or BATCH_SIZE, []
-    total = len(next(iter(inputs.values())))
-    for start in range(0, total, size):
-        feeds = {name: np.ascontiguousarray(array[start : start + size]) for name, array in inputs.items()}
-        count = len(next(iter(feeds.values())))
-        if fixed is not None and count < fixed:
-            feeds = {
-                name: np.concatenate([array, np.repeat(array[-1:], fixed - count, axis=0)]) for name, array in feeds.items()
-            }
-        parts.append(np.array(model.run(feeds)[scores][:count]))
-    return np.concatenate(parts)

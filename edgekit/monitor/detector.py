@@ -37,8 +37,6 @@ from edgekit.schema.base import Record
 PRIOR_SAMPLES = 200.0
 DECAY = 0.9
 EFFECT_FLOOR = 0.005
-MIN_REFERENCE = 5000
-"""A smaller reference makes the detector slow: what its own uncertainty may explain is no evidence."""
 Z99 = 2.3263478740408408
 _CAP = 1e4
 
