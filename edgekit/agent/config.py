@@ -28,6 +28,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from edgekit.agent.identity import IdentityFiles
 from edgekit.agent.redaction import parse_rules
 from edgekit.errors import UsageError
 from edgekit.loopback import is_loopback
@@ -291,8 +292,8 @@ def load_config(
         environ: environment variables; the process's own when None.
 
     Raises:
-        UsageError: ``config.unreadable``, ``config.malformed``, ``config.unknown_key``, ``config.invalid`` or
-            ``config.insecure``.
+        UsageError: ``config.unreadable``, ``config.malformed``, ``config.unknown_key``, ``config.invalid``, ``config.identity``
+            or ``config.insecure``.
     """
     environ = os.environ if environ is None else environ
     file = path or (Path(environ[ENV_FILE]) if environ.get(ENV_FILE) else None)
@@ -306,11 +307,32 @@ def load_config(
         config = msgspec.convert(values, AgentConfig, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError("config.invalid", f"{file or 'settings'}: {error}.") from error
-    config = msgspec.structs.replace(
-        config, device=config.device or default_device(), state_dir=config.state_dir or default_state_dir()
-    )
+    config = _with_identity(msgspec.structs.replace(config, state_dir=config.state_dir or default_state_dir()), values)
+    config = msgspec.structs.replace(config, device=config.device or default_device())
     check_config(config)
     return config
+
+
+def _with_identity(config: AgentConfig, given: Mapping[str, Any]) -> AgentConfig:
+    """The settings of an enrolled device: its name, its certificate, and what the fleet told it, where nothing else is said."""
+    files = IdentityFiles.of(config.state_path)
+    about = files.read()
+    if about is None:
+        return config
+    for name in ("site", "device"):
+        if given.get(name, getattr(about, name)) != getattr(about, name):
+            raise UsageError(
+                "config.identity",
+                f"{name} is {given[name]!r} in the settings, {getattr(about, name)!r} in this device's certificate.",
+                hint=f'Leave it out of the settings, or enrol the device anew ("edgekit agent enroll"); see {files.folder}.',
+            )
+    changes: dict[str, Any] = {"site": about.site, "device": about.device, "labels": about.labels | config.labels}
+    if not config.cert_file:
+        changes |= {"cert_file": str(files.pair), "key_file": "", "ca_file": config.ca_file or str(files.authorities)}
+    changes["broker"] = config.broker or about.broker
+    if config.root:
+        changes["repository"] = config.repository or about.repository
+    return msgspec.structs.replace(config, **changes)
 
 
 def _invalid(message: str, hint: str = "") -> UsageError:

@@ -38,6 +38,7 @@ from edgekit.agent.facts import ask_facts
 from edgekit.agent.hangs import HangWatch
 from edgekit.agent.health import MAX_DELAY_S
 from edgekit.agent.hosting import Hosting, ProvenWorker
+from edgekit.agent.identity import IdentityFiles
 from edgekit.agent.journal import Journal, now_ms
 from edgekit.agent.link import Figures, Labelled, Model, Sampled, TakeSample
 from edgekit.agent.listeners import bind_unix
@@ -224,6 +225,7 @@ class Daemon:
             combine_states([unit.store.state for unit in self.units]),
             last_error=updater.last_error,
             last_error_code=updater.last_error_code,
+            probation=tuple(unit.name for unit in self.units if unit.store.state.probation is not None),
         )
 
     def _make_status(self) -> bytes:
@@ -383,6 +385,8 @@ class Daemon:
         while True:
             unit.wake.clear()
             try:
+                if self.desk is not None and (wanted := self.desk.wanted(unit.config.model)):
+                    await self.operation.obey(unit, wanted)
                 wait_s = await unit.updater.poll()
             except Exception:
                 logger.exception("event=poll_failed model=%s", unit.name)
@@ -505,6 +509,7 @@ class Daemon:
         self._spawn(self._watch())
         self._spawn(self.operation.follow_requests())
         self._spawn(self.operation.follow_pause())
+        self._keep_certificate()
         self.notifier.ready(self._describe())
         self._spawn(self.notifier.watch(self._is_alive, self._describe))
         if self.config.scrub_s:
@@ -515,6 +520,15 @@ class Daemon:
         await self._stop.wait()
         await self._shut_down()
         return 0
+
+    def _keep_certificate(self) -> None:
+        """A device that was enrolled renews its certificate by itself."""
+        files = IdentityFiles.of(self.config.state_path)
+        about = files.read()
+        if about is not None and self.config.cert_file == str(files.pair):
+            from edgekit.agent.renewal import Renewer  # noqa: PLC0415 - its HTTP client is for devices that were enrolled
+
+            self._spawn(Renewer(files, about, self.journal).run())
 
     def _tidy_up(self) -> None:
         """What an interruption left, and where we are; a disk without a free byte keeps nobody from serving."""

@@ -20,7 +20,7 @@ from edgekit.agent.state_store import StateStore
 from edgekit.agent.updater import Choice
 from edgekit.durable import PRIVATE_FILE, write_durably
 from edgekit.errors import EdgekitError, TrustError
-from edgekit.schema.desired import DesiredState
+from edgekit.schema.desired import DesiredModel, DesiredState
 from edgekit.schema.release import Release
 from edgekit.trust.desired import select_release, verify_desired
 from edgekit.trust.floors import reference_time
@@ -131,6 +131,12 @@ class DesiredDesk:
         if wait > 0:
             return Choice(releases=(), wait_s=wait)
         return Choice(releases=(release,), policy=state.policy)
+
+    def wanted(self, model: str) -> DesiredModel | None:
+        """What the desired state says of a model, while it holds."""
+        if self.state is None or self._now() >= self.state.expires_at:
+            return None
+        return self.state.models.get(model)
 
     def wants(self, model: str, manifest: str) -> bool:
         """Whether a release is still what is desired."""

@@ -167,7 +167,7 @@ class Journal:
         logger.log(level, "event=%s release=%s@%s code=%s detail=%r", kind, name, event.version, event.code, event.detail)
         self._store("ev", event, encode(event))
 
-    def reported(self, state: AgentState, *, last_error: str, last_error_code: str) -> None:
+    def reported(self, state: AgentState, *, last_error: str, last_error_code: str, probation: tuple[str, ...] = ()) -> None:
         """The device's state as a whole."""
         reported = Reported(
             boot=self.boot,
@@ -179,6 +179,8 @@ class Journal:
             last_error=last_error,
             last_error_code=last_error_code,
             refused=tuple(refusal.manifest for refusal in state.refusals),
+            desired_seq=state.desired_seq,
+            probation=probation,
         )
         self._store("rep", reported, encode(reported))
 

@@ -91,12 +91,15 @@ class Connection:
             EnvironmentFault: ``broker.tls`` when a certificate file cannot be used.
         """
         loop = asyncio.get_running_loop()
-        context = self._tls_context() if parse_broker(self.config).is_tls else None
-        self._thread = threading.Thread(target=self._run, args=(loop, context), name="mqtt", daemon=True)
+        self._tls_context()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="mqtt", daemon=True)
         self._thread.start()
 
-    def _tls_context(self) -> ssl.SSLContext:
+    def _tls_context(self) -> ssl.SSLContext | None:
+        """Made anew for each connection: the certificate may have been renewed since the last one."""
         config = self.config
+        if not parse_broker(config).is_tls:
+            return None
         try:
             context = ssl.create_default_context(cafile=config.ca_file or None)
             if config.cert_file:
@@ -162,10 +165,10 @@ class Connection:
         client.on_socket_register_write = lambda *_: None
         return client
 
-    def _run(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         failures = 0
         while not self._halt.is_set():
-            reason, has_lasted = self._hold(loop, context)
+            reason, has_lasted = self._hold(loop)
             if self._halt.is_set() or self._is_leaving:
                 break
             failures = 1 if has_lasted else failures + 1
@@ -175,7 +178,7 @@ class Connection:
                 loop.call_soon_threadsafe(self.handlers.on_disconnect, reason)
             self._halt.wait(backoff_s(failures, base_s=RECONNECT_BASE_S, cap_s=RECONNECT_CAP_S, draw=random.random))
 
-    def _hold(self, loop: asyncio.AbstractEventLoop, context: ssl.SSLContext | None) -> tuple[str, bool]:
+    def _hold(self, loop: asyncio.AbstractEventLoop) -> tuple[str, bool]:
         """Connect and stay connected as long as it lasts.
 
         Returns:
@@ -186,7 +189,7 @@ class Connection:
         properties.SessionExpiryInterval = SESSION_EXPIRY_S
         connected_at, has_lasted, self.is_blamed = 0.0, False, False
         try:
-            client = self._client = self._make_client(loop, context)
+            client = self._client = self._make_client(loop, self._tls_context())
             client.connect(broker.host, broker.port, keepalive=KEEPALIVE_S, clean_start=False, properties=properties)
             code = MQTTErrorCode.MQTT_ERR_SUCCESS
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS and not (self._halt.is_set() and not client.want_write()):
@@ -194,7 +197,7 @@ class Connection:
                 if client.is_connected():
                     connected_at = connected_at or time.monotonic()
                     has_lasted = time.monotonic() - connected_at >= STABLE_SECONDS
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EnvironmentFault) as error:
             return str(error) or type(error).__name__, has_lasted
         return paho.error_string(code), has_lasted
 

@@ -24,20 +24,32 @@ from edgekit.agent.inbox import Answer, Inbox, Request, new_answer
 from edgekit.agent.journal import Journal
 from edgekit.agent.plan import active_slot, make_plan, other_slot
 from edgekit.agent.units import Unit
+from edgekit.agent.validity import find_recall
 from edgekit.durable import PRIVATE_FILE, write_durably
 from edgekit.errors import ArtifactError, DeviceError, EdgekitError, UsageError
 from edgekit.schema.base import decode_json, encode_json
 from edgekit.schema.command import MAX_PAUSE_S, OperationState
-from edgekit.schema.state import AgentState
+from edgekit.schema.desired import DesiredModel
+from edgekit.schema.state import AgentState, Refusal
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "operation.json"
 BY_HAND = "local.rolled_back"
+TAKEN_BACK = "desired.taken_back"
 LOOK_SECONDS = 30.0
 """The pipe wakes the agent at once; this is for a request that came another way."""
 PAUSE_STEP_S = 30.0
 SETTLE_SECONDS = 60.0
+
+
+def _is_taken_back(refusal: Refusal, manifest: str) -> bool:
+    return refusal.code == TAKEN_BACK and refusal.manifest == manifest
+
+
+def _without_refusal(state: AgentState, manifest: str) -> AgentState:
+    kept = tuple(refusal for refusal in state.refusals if not _is_taken_back(refusal, manifest))
+    return msgspec.structs.replace(state, refusals=kept)
 
 
 class OperationStore:
@@ -173,6 +185,27 @@ class Operation:
             raise DeviceError("rollback.failed", f"{unit.name}: {unit.updater.last_error or 'the other slot does not serve'}.")
         left = f"{slot.model}@{slot.version}"
         return f"{serving.model}@{serving.version} serves from slot {serving.name}; {left} is refused until it is allowed again"
+
+    async def obey(self, unit: Unit, wanted: DesiredModel) -> None:
+        """What a desired state can say beside "install this": go back to the older release that lies good in the other slot.
+
+        Nothing is fetched for it and no floor is lowered: the way back is as far as the other slot. What was taken back so may
+        come again when it is desired again.
+        """
+        state = unit.store.state
+        if any(_is_taken_back(refusal, wanted.manifest) for refusal in state.refusals):
+            unit.store.transform(lambda old: _without_refusal(old, wanted.manifest))
+        slot, other = active_slot(state), other_slot(state)
+        if slot is None or slot.manifest == wanted.manifest or other.manifest != wanted.manifest:
+            return
+        is_recalled = find_recall(state.recalls, (wanted.manifest,)) is not None
+        if other.status != "good" or other.counter > slot.counter or is_recalled:
+            return
+        async with unit.updater.busy:
+            if unit.store.state.active == slot.name:
+                unit.give_up(slot, DeviceError(TAKEN_BACK, f"{slot.model}@{slot.version} was taken back by the fleet;"))
+                unit.not_before = 0.0
+        await self.settle()
 
     async def _wait_served(self, unit: Unit, manifest: str | None) -> None:
         deadline = time.monotonic() + SETTLE_SECONDS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from edgekit.cli import agent_operation
+from edgekit.cli import agent_identity, agent_operation
 from edgekit.cli.agent_operation import ask_status, settings_of, status_of
 from edgekit.cli.console import format_bytes, format_seconds, note, out, out_json, paint, table, warn
 from edgekit.errors import EnvironmentFault, UsageError
@@ -206,4 +206,5 @@ def _show_stopped(folder: Path, models: Collection[str], *, json: bool) -> None:
             _show_state(further)
 
 
+agent_identity.register(app)
 agent_operation.register(app)

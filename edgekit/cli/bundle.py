@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -131,34 +131,102 @@ def pack(
     first. That variants answer alike is measured, and signed with them.
     """
     from edgekit.bundle.reader import read_bundle
-    from edgekit.bundle.writer import write_bundle
-    from edgekit.trust.signer import load_signer
 
-    recipients = _recipients(recipient)
-    if not key:
-        raise UsageError(
-            "bundle.no_key", "no --key to sign with.", hint='Make one: "edgekit bundle keygen --out keys/publisher".'
-        )
-    signers = [load_signer(path) for path in key]
-    bundle_evidence.check_inputs(card, oms_key)
-    bundle_inputs.check_options(features, raw, contract)
     if not data:
         warn("no --data: golden inputs are drawn within the contract's ranges; real samples test more")
     path = destination or Path(f"{name}-{version}.edgekit")
-    variants = _expanded(folder, with_fp32=with_fp32)
-    draft, samples = _draft(variants, name=name, version=version, data=data, golden=golden, parity=parity)
-    model = draft.blobs[draft.manifest.variants[0].model]
-    if isinstance(model, Path):
-        draft = add_baseline(draft, samples, lambda: _open(model, threads=1, is_optimized=True))
-    draft = bundle_inputs.add_inputs(
-        draft, features=features, raw=raw, contract_file=contract, samples=samples, open_session=_open
+    request = PackRequest(
+        name=name,
+        version=version,
+        keys=tuple(key),
+        data=data,
+        golden=golden,
+        parity=parity,
+        with_fp32=with_fp32,
+        recipients=tuple(recipient),
+        card=card,
+        oms_key=oms_key,
+        contract=contract,
+        features=features,
+        raw=raw,
     )
-    draft = bundle_evidence.add_evidence(draft, card=card, data=samples, open_session=_open)
-    with _sealed(draft, recipients, path) as sealed:
-        ready = bundle_evidence.add_signature(sealed, oms_key)
-        write_bundle(ready.manifest, ready.blobs, signer=signers, out=path)
+    make_bundle(folder, request, path)
     bundle = read_bundle(path)
     out(f"{path}  {format_bytes(path.stat().st_size)}  manifest sha256:{short(bundle.manifest_digest)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackRequest:
+    """What ``bundle pack`` was asked for."""
+
+    name: str
+    version: str
+    keys: tuple[Path, ...]
+    data: str = ""
+    golden: int = 8
+    parity: str = ""
+    with_fp32: bool = False
+    recipients: tuple[str, ...] = ()
+    card: Path | None = None
+    oms_key: Path | None = None
+    contract: Path | None = None
+    features: Path | None = None
+    raw: Path | None = None
+
+
+def make_bundle(
+    folders: Sequence[Path],
+    request: PackRequest,
+    path: Path,
+    *,
+    add_profile: Callable[[Draft, Dataset | None, Callable[[], Session]], Draft] = add_baseline,
+) -> None:
+    """Pack candidates into a signed bundle.
+
+    Args:
+        folders: output folders of ``optimize``.
+        request: what it is to be.
+        path: the file to write.
+        add_profile: adds the drift baseline, by default of the request's data.
+
+    Raises:
+        UsageError: ``bundle.no_key``, and what the parts of a bundle raise.
+    """
+    from edgekit.bundle.writer import write_bundle
+    from edgekit.trust.signer import load_signer
+
+    recipients = _recipients(request.recipients)
+    if not request.keys:
+        raise UsageError(
+            "bundle.no_key", "no --key to sign with.", hint='Make one: "edgekit bundle keygen --out keys/publisher".'
+        )
+    signers = [load_signer(each) for each in request.keys]
+    bundle_evidence.check_inputs(request.card, request.oms_key)
+    bundle_inputs.check_options(request.features, request.raw, request.contract)
+    variants = _expanded(folders, with_fp32=request.with_fp32)
+    draft, samples = _draft(
+        variants,
+        name=request.name,
+        version=request.version,
+        data=request.data,
+        golden=request.golden,
+        parity=request.parity,
+    )
+    model = draft.blobs[draft.manifest.variants[0].model]
+    if isinstance(model, Path):
+        draft = add_profile(draft, samples, lambda: _open(model, threads=1, is_optimized=True))
+    draft = bundle_inputs.add_inputs(
+        draft,
+        features=request.features,
+        raw=request.raw,
+        contract_file=request.contract,
+        samples=samples,
+        open_session=_open,
+    )
+    draft = bundle_evidence.add_evidence(draft, card=request.card, data=samples, open_session=_open)
+    with _sealed(draft, recipients, path) as sealed:
+        ready = bundle_evidence.add_signature(sealed, request.oms_key)
+        write_bundle(ready.manifest, ready.blobs, signer=signers, out=path)
 
 
 @dataclass(frozen=True)

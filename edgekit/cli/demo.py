@@ -333,6 +333,9 @@ def demo(
     folder: Path | None = typer.Option(None, "--dir", help="Where everything is written.  [default: a temporary folder]"),
     sample: Path | None = typer.Option(None, "--sample", help="The sample model's folder.  [default: the checkout's]"),
     agents: int = typer.Option(3, "--agents", min=1, max=12, help="How many agents to start."),
+    drift: bool = typer.Option(
+        False, "--drift", help="Another story: lenses get dirty; drift, alert, work order, recalibration, canary."
+    ),
 ) -> None:
     """See the whole way once: optimize, sign, publish, three agents, hot swap, a refused release, the dashboard.
 
@@ -340,6 +343,11 @@ def demo(
     """
     sample_dir = _find_sample(sample)
     place = _prepare_folder(folder)
+    if drift:
+        from edgekit.cli.demo_drift import run_drift
+
+        run_drift(place, sample_dir, agents=agents, is_once=once, marker=MARKER)
+        return
     (place / MARKER).write_text(secrets.token_hex(8))
     (place / "logs").mkdir()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

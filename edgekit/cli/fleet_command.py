@@ -66,7 +66,16 @@ def make_command(
 
 
 def deliver(
-    device: str, command: Command, *, keys: Sequence[Path], broker: str, ca_file: str, timeout_s: float, is_plain_allowed: bool
+    device: str,
+    command: Command,
+    *,
+    keys: Sequence[Path],
+    broker: str,
+    ca_file: str,
+    timeout_s: float,
+    is_plain_allowed: bool,
+    cert_file: str = "",
+    key_file: str = "",
 ) -> CommandResult:
     """Sign a command, send it, wait for the answer; errors as :func:`edgekit.fleet.commanding.send_command`."""
     from edgekit.fleet.commanding import send_command
@@ -78,7 +87,7 @@ def deliver(
         raise UsageError(
             "command.unsigned", "no key to sign the command with.", hint="Give --key KEY; the device has its .pub."
         )
-    address = parse_broker(broker, ca_file=ca_file, is_plain_allowed=is_plain_allowed)
+    address = parse_broker(broker, ca_file=ca_file, cert_file=cert_file, key_file=key_file, is_plain_allowed=is_plain_allowed)
     envelope = sign_command(command, [load_signer(key) for key in keys])
     site, _ = split_device(device)
     return send_command(address, command, envelope, site=site, timeout_s=timeout_s, on_progress=lambda text: note(text, "dim"))
@@ -115,6 +124,8 @@ def command(
     keys: list[Path] = typer.Option([], "--key", metavar="KEY", help="Signs the command; repeat where the device wants more."),
     broker: str = typer.Option(BROKER, "--broker", metavar="URL", help="mqtts://[user:password@]host[:port]."),
     ca_file: str = typer.Option("", "--ca", help="Certificates to trust for mqtts.", show_default="the system's"),
+    cert_file: str = typer.Option("", "--cert", metavar="FILE", help="The certificate to log in with."),
+    key_file: str = typer.Option("", "--cert-key", metavar="FILE", help="Its key."),
     pause_for: str | None = typer.Option(None, "--for", metavar="TIME", help="Of pause: 30min, 8h, 2d.", show_default="1d"),
     file: Path | None = typer.Option(None, "--out", metavar="FILE", help="Keep the result; debug needs it."),
     timeout_s: float = typer.Option(180.0, "--timeout", min=1, metavar="SECONDS", help="How long to wait for the answer."),
@@ -139,7 +150,15 @@ def command(
     _, name = split_device(device)
     order = make_command(name, kind, life_s=expires_s, models=models or (), pause_s=pause_s)  # type: ignore[arg-type]
     answer = deliver(
-        device, order, keys=keys, broker=broker, ca_file=ca_file, timeout_s=timeout_s, is_plain_allowed=allow_insecure
+        device,
+        order,
+        keys=keys,
+        broker=broker,
+        ca_file=ca_file,
+        timeout_s=timeout_s,
+        is_plain_allowed=allow_insecure,
+        cert_file=cert_file,
+        key_file=key_file,
     )
     if file is not None:
         try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import urllib.parse
 from collections.abc import Iterator
 
-from edgekit.cli.fleet import all_devices, get_json
+from edgekit.cli.fleet import all_devices
+from edgekit.cli.fleet_http import get_json
 from edgekit.errors import EnvironmentFault
 from edgekit.repository.lineage import DeviceUse
 

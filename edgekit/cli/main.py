@@ -41,6 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "trust": ("edgekit.cli.trust", "Who may sign what: init, status, sign, rotate, revoke, delegate, doctor."),
     "agent": ("edgekit.cli.agent", "The on-device agent: run it, ask it."),
     "fleet": ("edgekit.cli.fleet", "The fleet server: serve it, list devices, command them."),
+    "monitor": ("edgekit.cli.monitor", "Watch data: replay a recording against a baseline, with an alarm budget."),
+    "recalibrate": ("edgekit.cli.recalibrate", "From drift in the field to a better release, and a canary of it."),
     "doctor": ("edgekit.cli.doctor", "Check this machine: packages, runtimes, ports, permissions."),
 }
 

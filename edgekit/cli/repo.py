@@ -208,22 +208,38 @@ def serve(
     folder: Path = FOLDER,
     host: str = typer.Option("127.0.0.1", "--host", help="An address of this machine."),
     port: int = typer.Option(8600, "--port", min=0, max=65535, help="0 takes a free one."),
-    cert: Path | None = typer.Option(None, "--cert", help="TLS certificate chain, PEM."),
-    key: Path | None = typer.Option(None, "--key", help="TLS private key, PEM."),
+    cert: Path | None = typer.Option(None, "--tls-cert", "--cert", metavar="FILE", help="TLS certificate chain, PEM."),
+    key: Path | None = typer.Option(None, "--tls-key", "--key", metavar="FILE", help="TLS private key, PEM."),
+    client_ca: Path | None = typer.Option(
+        None, "--client-ca", metavar="FILE", help="With TLS: serve only clients with a certificate of these authorities."
+    ),
+    crl: Path | None = typer.Option(None, "--crl", metavar="FILE", help="And none that these revocation lists name."),
 ) -> None:
-    """Serve a repository over HTTP, with Range. Only metadata, targets and blobs are served."""
+    """Serve a repository over HTTP, with Range. Only metadata, targets and blobs are served.
+
+    Certificates, authorities and revocation lists are read again when their files change.
+    """
     from edgekit.loopback import is_loopback
     from edgekit.repository.server import serve_repository
 
     if not is_loopback(host) and cert is None:
-        warn("serving other machines without TLS: put TLS termination in front, or give --cert and --key")
+        warn("serving other machines without TLS: put TLS termination in front, or give --tls-cert and --tls-key")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        serve_repository(folder, host, port, cert=cert, key=key, on_ready=lambda url: note(f"{folder}: serving at {url}"))
+        serve_repository(
+            folder,
+            host,
+            port,
+            cert=cert,
+            key=key,
+            client_ca=client_ca,
+            crl=crl,
+            on_ready=lambda url: note(f"{folder}: serving at {url}"),
+        )
     except KeyboardInterrupt:
         note("stopped")
 

@@ -137,7 +137,7 @@ def promote(
             name,
             version,
             to=to,
-            trial=_trial(data, metric, limit, seconds=seconds, identity=identity, progress=progress),
+            trial=make_trial(data, metric, limit, seconds=seconds, identity=identity, progress=progress),
             gates=limits,
             skip=skip_gate,
             reason=reason,
@@ -159,7 +159,8 @@ def promote(
         exit_waiting(folder, report.waiting)
 
 
-def _trial(data: str, metric: str, limit: int | None, *, seconds: float, identity: str, progress: Progress) -> Trial:
+def make_trial(data: str, metric: str, limit: int | None, *, seconds: float, identity: str, progress: Progress) -> Trial:
+    """How a promotion is measured on this machine."""
     from edgekit.agent.facts import probe_facts
     from edgekit.agent.plan import choose_variant
     from edgekit.repository.measuring import Trial

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -146,8 +145,8 @@ def _connect(broker: BrokerAddress, back: str, answer: _Answer) -> mqtt.Client:
     client.on_message = lambda _client, _data, message: answer.take(bytes(message.payload))
     if broker.username:
         client.username_pw_set(broker.username, broker.password)
-    if broker.is_tls:
-        client.tls_set_context(ssl.create_default_context(cafile=broker.ca_file or None))
+    if (context := broker.tls_context()) is not None:
+        client.tls_set_context(context)
     try:
         client.connect(broker.host, broker.port, keepalive=KEEP_ALIVE_SECONDS)
     except OSError as error:

@@ -2,66 +2,52 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import signal
 import socket
+import ssl
 import threading
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp
 
 from edgekit import __version__
-from edgekit.fleet import api, dashboard
+from edgekit.errors import UsageError
+from edgekit.fleet import api, assembly, openapi
+from edgekit.fleet.access import api as access_api
+from edgekit.fleet.access.gate import Gate
+from edgekit.fleet.access.service import Access
 from edgekit.fleet.broker import EmbeddedBroker, check_port
 from edgekit.fleet.config import EMBEDDED, BrokerAddress, FleetConfig, parse_broker
+from edgekit.fleet.identity.api import OPEN_PATHS
 from edgekit.fleet.ingest import Ingest
+from edgekit.fleet.jobs import Jobs
+from edgekit.fleet.probes import IngestOnly
+from edgekit.fleet.services import Services, SignDesired
 from edgekit.fleet.store import Store
 from edgekit.fleet.views import IngestStatus
-from edgekit.loopback import is_loopback
+from edgekit.fleet.web import site
+from edgekit.trust.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
-TOKEN_COOKIE = "edgekit-token"  # noqa: S105 - the cookie's name
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "X-Frame-Options": "DENY",
-}
+MIN_PACKED_BYTES = 700
+PACKED_LEVEL = 5
 
 
-def _is_allowed(request: Request, token: str) -> bool:
-    """Whether a request carries the token, as a bearer or in the cookie."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    candidates = [given if scheme.lower() == "bearer" else "", request.cookies.get(TOKEN_COOKIE, "")]
-    return any(hmac.compare_digest(candidate.encode(), token.encode()) for candidate in candidates if candidate)
-
-
-def _is_known_host(request: Request, allowed: Collection[str]) -> bool:
-    """Whether the browser asked for this machine by a name that is ours.
-
-    Without a token, loopback is the only guard. A foreign page could get past it with a name of its own that resolves to
-    127.0.0.1 (DNS rebinding), but not without that name in the Host header.
-    """
-    try:
-        host = request.url.hostname or ""
-    except ValueError:
-        return False
-    return is_loopback(host) or host in allowed
-
-
-def _make_redirect(request: Request, token: str) -> Response:
-    """Keep the token in a cookie, out of the address bar and the history."""
-    redirect = Response(status_code=303, headers={"Location": "/" + request.url.path.lstrip("/")})
-    is_secure = request.url.scheme == "https"
-    redirect.set_cookie(TOKEN_COOKIE, token, httponly=True, secure=is_secure, samesite="strict", max_age=30 * 86400)
-    return redirect
-
-
-def make_app(store: Store, ingest: Ingest | None, *, token: str = "", allowed_hosts: Collection[str] = ()) -> FastAPI:
+def make_app(
+    store: Store,
+    ingest: Ingest | None,
+    *,
+    token: str = "",
+    allowed_hosts: Collection[str] = (),
+    services: Services | None = None,
+) -> FastAPI:
     """The web application over a store.
 
     Args:
@@ -69,27 +55,11 @@ def make_app(store: Store, ingest: Ingest | None, *, token: str = "", allowed_ho
         ingest: whose status ``/api/v1/health`` tells.
         token: what each request must carry; empty for loopback.
         allowed_hosts: names besides loopback's under which it may be opened without a token.
+        services: the parts whose API and pages it serves, too; None for what the store alone can tell.
     """
     app = FastAPI(
         title="edgekit fleet", version=__version__, docs_url=None, redoc_url=None, openapi_url=f"{api.PREFIX}/openapi.json"
     )
-
-    async def answer(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if token and not _is_allowed(request, token):
-            given = request.query_params.get("token", "")
-            if not given or not hmac.compare_digest(given.encode(), token.encode()):
-                return Response("401: give the token: Authorization: Bearer TOKEN, or open /?token=TOKEN\n", status_code=401)
-            return _make_redirect(request, token)
-        if not token and not _is_known_host(request, allowed_hosts):
-            return Response("421: not opened under this name; start the server with --allow-host NAME\n", status_code=421)
-        return await call_next(request)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await answer(request, call_next)
-        for name, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
 
     def status() -> IngestStatus:
         return (
@@ -101,21 +71,17 @@ def make_app(store: Store, ingest: Ingest | None, *, token: str = "", allowed_ho
         )
 
     app.include_router(api.make_router(store, status))
-    app.include_router(dashboard.make_router(store, version=__version__))
-    _document(app)
+    parts = services or Services(config=FleetConfig(token=token), store=store, jobs=Jobs(store, owner="pages"))
+    parts.access = parts.access or Access(store, token=token)
+    for router in assembly.make_routers(parts) if services is not None else [access_api.make_router(parts)]:
+        app.include_router(router)
+    pages = site.make_site(parts, version=__version__)
+    app.include_router(site.make_router(pages))
+    site.add_refusals(app, pages)
+    app.add_middleware(GZipMiddleware, minimum_size=MIN_PACKED_BYTES, compresslevel=PACKED_LEVEL)
+    app.add_middleware(Gate, access=parts.access, allowed_hosts=allowed_hosts, open_paths=OPEN_PATHS)
+    openapi.complete(app)
     return app
-
-
-def _document(app: FastAPI) -> None:
-    """Put the records' schemas into the OpenAPI document."""
-    build = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = build()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(api.COMPONENTS)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 class _WebServer(uvicorn.Server):
@@ -131,6 +97,20 @@ class _WebServer(uvicorn.Server):
             self._on_ready()
 
 
+def _open_tls(config: FleetConfig) -> ssl.SSLContext | None:
+    """How the pages are served; None for plain HTTP."""
+    if not (config.tls_cert or config.tls_key or config.client_ca or config.crl):
+        return None
+    if not (config.tls_cert and config.tls_key):
+        raise UsageError("tls.files", "TLS needs a certificate and its key.", hint="Give both --tls-cert and --tls-key.")
+    return ServerTls(
+        cert=Path(config.tls_cert),
+        key=Path(config.tls_key),
+        client_ca=Path(config.client_ca) if config.client_ca else None,
+        crl=Path(config.crl) if config.crl else None,
+    ).context()
+
+
 def _end(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
@@ -138,28 +118,43 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 class FleetServer:
     """Everything that ``edgekit fleet serve`` runs."""
 
-    def __init__(self, config: FleetConfig, *, is_plain_allowed: bool = False) -> None:
+    def __init__(self, config: FleetConfig, *, is_plain_allowed: bool = False, sign_desired: SignDesired | None = None) -> None:
         """Open the store and check the ports.
+
+        Args:
+            config: addresses, database, broker.
+            is_plain_allowed: accept a broker without TLS off loopback.
+            sign_desired: signs desired states with the fleet's key; without it nothing can be rolled out.
 
         Raises:
             EnvironmentFault: ``port.in_use``, ``store.unreachable``.
-            UsageError: ``config.broker`` or ``config.insecure``.
+            UsageError: ``config.broker``, ``config.insecure``, ``tls.files`` or a part's own.
         """
         self.config = config
+        self._tls = _open_tls(config)
         check_port(config.port, what="fleet server", option="--port", host=config.host)
         self.embedded = EmbeddedBroker(config.broker_port) if config.broker == EMBEDDED else None
         if self.embedded:
             self.address = BrokerAddress(host="127.0.0.1", port=config.broker_port, is_tls=False)
         else:
-            self.address = parse_broker(config.broker, ca_file=config.ca_file, is_plain_allowed=is_plain_allowed)
+            self.address = parse_broker(
+                config.broker,
+                ca_file=config.ca_file,
+                cert_file=config.cert_file,
+                key_file=config.key_file,
+                is_plain_allowed=is_plain_allowed,
+            )
         self.store = Store(config.database)
         self.ingest = Ingest(self.store, self.address, client_id=config.client_id, group=config.group)
+        self.services = assembly.assemble(config, self.store, sign_desired=sign_desired)
+        self.services.ingest = self.ingest
+        self.services.address = self.address
 
     @property
     def url(self) -> str:
         """Where the dashboard is."""
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.config.port}"
+        return f"{'https' if self.config.tls_cert else 'http'}://{host}:{self.config.port}"
 
     def run(self, on_ready: Callable[[], None]) -> None:
         """Serve until SIGINT or SIGTERM, then write what has arrived and end the broker.
@@ -170,7 +165,15 @@ class FleetServer:
         Raises:
             SystemExit: with 0, after SIGTERM.
         """
-        app = make_app(self.store, self.ingest, token=self.config.token, allowed_hosts=self.config.allowed_hosts)
+        app: ASGIApp = make_app(
+            self.store,
+            None if self.config.role == "web" else self.ingest,
+            token=self.config.token,
+            allowed_hosts=self.config.allowed_hosts,
+            services=self.services,
+        )
+        if self.config.role == "ingest":
+            app = IngestOnly(app)
         settings = uvicorn.Config(
             app,
             host=self.config.host,
@@ -180,17 +183,25 @@ class FleetServer:
             timeout_graceful_shutdown=2,
             server_header=False,
         )
+        settings.load()
+        settings.ssl = self._tls
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, _end) if is_main else None  # uvicorn raises it again when the pages are closed
         try:
             if self.embedded:
                 self.embedded.start()
-            self.ingest.start()
+            if self.config.role != "web":
+                self.ingest.start()
+            if self.config.role != "ingest":
+                assembly.start(self.services)
             _WebServer(settings, on_ready).run()
         finally:
+            if self.config.role != "ingest":
+                assembly.stop(self.services)
             if self.embedded:
                 self.embedded.stop()  # first: what it confirms to a device after the ingest has left would be lost
-            self.ingest.stop()
+            if self.config.role != "web":
+                self.ingest.stop()
             self.store.close()
             if is_main:
                 signal.signal(signal.SIGTERM, before)

@@ -186,11 +186,12 @@ class FleetView(Record, frozen=True, kw_only=True):
 
 
 class DevicePage(Record, frozen=True, kw_only=True):
-    """A page of the device list; ``next`` is the cursor of the following page, empty on the last."""
+    """A page of the device list; ``next`` and ``previous`` are cursors of the pages beside it, empty at the ends."""
 
     devices: tuple[DeviceView, ...]
     total: int
     next: str = ""
+    previous: str = ""
 
 
 class EventPage(Record, frozen=True, kw_only=True):
@@ -210,6 +211,17 @@ class IngestStatus(Record, frozen=True, kw_only=True):
     duplicates: int
     malformed: int
     last_malformed: str = ""
+    windows: int = 0
+    """Windows among the stored."""
+    waiting: int = 0
+    """Messages that are here and not yet in the database."""
+    lag_s: float = 0.0
+    """How long the oldest of them has waited."""
+    is_held_back: bool = False
+    """The broker has sent all that it may: more waits there until the database has taken these."""
+    reconnects: int = 0
+    last_error: str = ""
+    """Why the broker or the database was last not to be used; empty while both are."""
 
 
 class Health(Record, frozen=True, kw_only=True):

@@ -98,7 +98,7 @@ def compare(
         hellinger=float(np.sqrt(max(0.0, 1.0 - float(np.sqrt(ps * qs).sum())))) if n and m else math.nan,
         total_variation=float(np.abs(ps - qs).sum() / 2),
         kolmogorov_smirnov=round(float(np.abs(np.cumsum(ps) - np.cumsum(qs)).max()), 12),
-        wasserstein=_wasserstein(ps, qs, edges),
+        wasserstein=_wasserstein(ps, qs, edges, m),
         chi_squared=chi,
         degrees_of_freedom=freedom,
         p_value=chi_squared_tail(chi, freedom) if n and m else math.nan,
@@ -116,6 +116,28 @@ def _psi(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     return float(((b - a) * np.log(b / a)).sum())
 
 
+def psi_over_time(reference: Counts, counts: Counts, *, design_effect: float = 1.0) -> NDArray[np.float64]:
+    """PSI of many histograms against one reference, with its bias taken off; NaN for one without samples.
+
+    Args:
+        reference: counts [B].
+        counts: [T, B].
+        design_effect: at least 1, the same for all.
+
+    >>> psi_over_time(np.array([500, 500]), np.array([[50, 50], [10, 90]])).round(2).tolist()
+    [0.0, 0.83]
+    """
+    p, q = np.asarray(reference, dtype=np.float64)[None], np.asarray(counts, dtype=np.float64)
+    used = (p + q) > 0
+    a, b = np.where(used, p + JEFFREYS, 0.0), np.where(used, q + JEFFREYS, 0.0)
+    a, b = (part / np.maximum(part.sum(axis=1, keepdims=True), JEFFREYS) for part in (a, b))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        raw = np.where(used, (b - a) * np.log(b / np.where(used, a, 1.0)), 0.0).sum(axis=1)
+        n, m = q.sum(axis=1) / design_effect, p.sum()
+        bias = (used.sum(axis=1) - 1) * (1.0 / n + 1.0 / m)
+        return np.asarray(np.where((n > 0) & (m > 0), np.maximum(0.0, raw - bias), math.nan))
+
+
 def _jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     middle = (p + q) / 2
 
@@ -127,8 +149,12 @@ def _jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     return math.nan if np.isnan(middle).any() else math.sqrt(max(0.0, value))
 
 
-def _wasserstein(p: NDArray[np.float64], q: NDArray[np.float64], edges: Sequence[float] | None) -> float:
-    """The area between the cumulated shares over the inner edges, in units of the reference's spread."""
+def _wasserstein(p: NDArray[np.float64], q: NDArray[np.float64], edges: Sequence[float] | None, samples: float) -> float:
+    """The area between the cumulated shares over the inner edges, in units of the reference's spread.
+
+    Straight lines between the edges, but in the first and the last bin: there a tail ends, and the gap falls off as fast as the
+    reference's tail does, exponentially down to half a sample.
+    """
     if edges is None:
         return math.nan
     cuts = np.asarray(edges, dtype=np.float64)
@@ -136,9 +162,17 @@ def _wasserstein(p: NDArray[np.float64], q: NDArray[np.float64], edges: Sequence
         raise ValueError(f"{cuts.size} edges for {p.size} bins: expected {p.size - 1} in order")
     below_p, below_q = np.cumsum(p)[:-1], np.cumsum(q)[:-1]
     gaps = np.abs(below_p - below_q)
-    area = float(((gaps[1:] + gaps[:-1]) / 2 * np.diff(cuts)).sum())
+    areas = (gaps[1:] + gaps[:-1]) / 2 * np.diff(cuts)
+    if areas.size > 2 and samples > 0:
+        for at in (0, areas.size - 1):
+            areas[at] = _logarithmic_mean(*(gaps[at : at + 2] + 0.5 / samples)) * (cuts[at + 1] - cuts[at])
     spread = float(np.interp(0.9, below_p, cuts) - np.interp(0.1, below_p, cuts))
-    return area / spread if spread > 0 else math.nan
+    return float(areas.sum()) / spread if spread > 0 else math.nan
+
+
+def _logarithmic_mean(a: float, b: float) -> float:
+    """The mean of an exponential that goes from a to b."""
+    return float((a - b) / math.log(a / b)) if abs(a - b) > 1e-12 else float(a)
 
 
 def _chi_squared(p: NDArray[np.float64], q: NDArray[np.float64]) -> tuple[float, int]:

@@ -104,3 +104,53 @@ def estimate(counts: Counts, calibration: Calibration) -> Estimate:
         high=min(1.0, accuracy + reach),
         precision=tuple(precision.tolist()),
     )
+
+
+class Realised(Record, frozen=True, kw_only=True):
+    """The quality that labels show; ``low`` to ``high`` holds it with 95 % (Wilson's interval)."""
+
+    labelled: int
+    accuracy: float
+    low: float
+    high: float
+
+
+def realise(right: float, labelled: float) -> Realised:
+    """The accuracy of labelled answers; NaN without any.
+
+    >>> realise(90, 100).accuracy
+    0.9
+    """
+    if labelled <= 0:
+        return Realised(labelled=0, accuracy=math.nan, low=math.nan, high=math.nan)
+    share = right / labelled
+    square = Z95**2
+    middle = (share + square / (2 * labelled)) / (1 + square / labelled)
+    reach = Z95 * math.sqrt(share * (1 - share) / labelled + square / (4 * labelled**2)) / (1 + square / labelled)
+    return Realised(labelled=round(labelled), accuracy=share, low=max(0.0, middle - reach), high=min(1.0, middle + reach))
+
+
+def weigh(*, right: Counts, labelled: Counts, answered: Counts) -> float:
+    """The accuracy of all answers when some are labelled more readily than others.
+
+    Labels weighted by the inverse of how often answers of their bin of confidence are labelled (inverse probability weighting
+    by post-stratification). It corrects a choice that depends on the confidence, no other; bins without labels are left out.
+
+    Args:
+        right: labelled answers that were right [bins].
+        labelled: labelled answers [bins].
+        answered: all answers [bins].
+
+    Returns:
+        NaN where nothing is labelled, or less than half of the answers lie in bins with labels.
+
+    >>> float(weigh(right=np.array([2, 90]), labelled=np.array([4, 100]), answered=np.array([500, 500])))
+    0.7
+    """
+    hits, known, total = (np.asarray(each, dtype=np.float64) for each in (right, labelled, answered))
+    if not hits.shape == known.shape == total.shape:
+        raise ValueError(f"tables of shapes {hits.shape}, {known.shape}, {total.shape}: expected one shape")
+    used = known > 0
+    if not used.any() or total[used].sum() < total.sum() / 2 or not total.sum():
+        return math.nan
+    return float((total[used] * hits[used] / known[used]).sum() / total[used].sum())

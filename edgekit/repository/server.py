@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 from edgekit.errors import EnvironmentFault, RepositoryError, UsageError
+from edgekit.trust.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ class RepositoryServer(ThreadingHTTPServer):
         port: 0 takes a free one.
         cert: PEM certificate chain; with ``key`` the server speaks TLS.
         key: PEM private key.
+        client_ca: PEM certificates; with TLS, only their clients are served.
+        crl: PEM revocation lists, one of each of those.
 
     Raises:
         RepositoryError: ``repository.not_found``.
@@ -210,12 +213,22 @@ class RepositoryServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, root: Path, host: str, port: int, *, cert: Path | None = None, key: Path | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        host: str,
+        port: int,
+        *,
+        cert: Path | None = None,
+        key: Path | None = None,
+        client_ca: Path | None = None,
+        crl: Path | None = None,
+    ) -> None:
         if not (root / "metadata").is_dir():
             raise RepositoryError(
                 "repository.not_found", f"{root}: no repository here.", hint=f'Create one: "edgekit repo init {root}".'
             )
-        context = _tls(cert, key)
+        context = _tls(cert, key, client_ca, crl)
         self.root = root
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._thread: threading.Thread | None = None
@@ -255,20 +268,15 @@ class RepositoryServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+def _tls(cert: Path | None, key: Path | None, client_ca: Path | None, crl: Path | None) -> ssl.SSLContext | None:
     if cert is None and key is None:
+        if client_ca is not None or crl is not None:
+            text = "clients show their certificates to a server with TLS only."
+            raise UsageError("tls.files", text, hint="Give --tls-cert and --tls-key, too.")
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert is None or key is None:
-        raise UsageError("tls.files", "TLS needs a certificate and its key.", hint="Give both --cert and --key.")
-    try:
-        context.load_cert_chain(cert, key)
-    except OSError as error:
-        raise UsageError(
-            "tls.files", f"--cert {cert} --key {key}: cannot be used: {error}.", hint="Give both, in PEM, unencrypted."
-        ) from error
-    return context
+        raise UsageError("tls.files", "TLS needs a certificate and its key.", hint="Give both --tls-cert and --tls-key.")
+    return ServerTls(cert=cert, key=key, client_ca=client_ca, crl=crl).context()
 
 
 def _bind_error(error: OSError, host: str, port: int) -> EnvironmentFault:
@@ -291,6 +299,8 @@ def serve_repository(
     *,
     cert: Path | None = None,
     key: Path | None = None,
+    client_ca: Path | None = None,
+    crl: Path | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until interrupted.
@@ -301,12 +311,14 @@ def serve_repository(
         port: 0 takes a free one.
         cert: PEM certificate chain, for TLS.
         key: its PEM private key.
+        client_ca: PEM certificates; with TLS, only their clients are served.
+        crl: PEM revocation lists, one of each of those.
         on_ready: told the address once connections are accepted.
 
     Raises:
         RepositoryError, EnvironmentFault, UsageError: as :class:`RepositoryServer`.
     """
-    server = RepositoryServer(folder, host, port, cert=cert, key=key)
+    server = RepositoryServer(folder, host, port, cert=cert, key=key, client_ca=client_ca, crl=crl)
     if on_ready is not None:
         on_ready(server.url)
     try:

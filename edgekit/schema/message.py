@@ -56,6 +56,8 @@ EventKind = Literal[
     "precheck_failed",
     "message_refused",
     "clock_stepped",
+    "certificate_renewed",
+    "certificate_not_renewed",
 ]
 
 
@@ -213,6 +215,10 @@ class Reported(Message, frozen=True, kw_only=True, tag="rep"):
     last_error_code: str = ""
     refused: tuple[str, ...] = ()
     """Manifest digests that this device refuses."""
+    desired_seq: int = 0
+    """Of the desired state that it acted on last."""
+    probation: tuple[str, ...] = ()
+    """Models whose release is on probation still."""
 
 
 class Label(Message, frozen=True, kw_only=True, tag="lb"):

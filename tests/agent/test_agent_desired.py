@@ -288,3 +288,50 @@ def test_desired_state_arrives_through_the_broker(world, make_agent, tmp_path):
         agent.stop()
     finally:
         listener.stop()
+
+
+def test_older_release_in_the_other_slot_is_gone_back_to_and_left_again(world, make_agent, tmp_path):
+    """A rollout that is taken back: nothing is fetched, no floor is lowered, and the release may be desired again."""
+    import paho.mqtt.client as paho
+
+    from tests.agent.world import Listener, assert_serves, free_port
+
+    keys = tmp_path / "keys-of-the-fleet"
+    keys.mkdir()
+    save_public_key(DIRECTOR.public_key, keys / "director.pub")
+    releases = [world.publish(f"{seed}.0", seed=seed) for seed in (1, 2)]
+    listener = Listener(free_port()).start()
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="director", protocol=paho.MQTTv5)
+
+    def want(seq, release):
+        wanted = DesiredModel(counter=release.info.counter, manifest=release.manifest_digest)
+        state = DesiredState(
+            device="cam", seq=seq, issued_at=now(), expires_at=now() + timedelta(hours=1), models={"m": wanted}
+        )
+        client.publish("ek/1/lab/cam/des", sign_desired(state, (DIRECTOR,)), qos=1, retain=True).wait_for_publish(10)
+
+    try:
+        client.connect("127.0.0.1", listener.inner_port)
+        client.loop_start()
+        want(1, releases[0])
+        agent = make_agent(fleet_keys=str(keys), broker=f"mqtt://127.0.0.1:{listener.port}").start()
+        agent.wait_committed("1.0")
+        want(2, releases[1])
+        agent.wait_committed("2.0")
+        floors = agent.status()["state"]["floors"]["releases"]
+        world.stop()  # the way back needs no repository
+        want(3, releases[0])
+        agent.wait_served("1.0")
+        assert_serves(agent, 1)
+        state = agent.status()["state"]
+        assert state["floors"]["releases"] == floors
+        assert [refusal["code"] for refusal in state["refusals"]] == ["desired.taken_back"]
+        world.start()
+        want(4, releases[1])
+        agent.wait_committed("2.0")
+        assert agent.status()["state"]["refusals"] == []
+        client.disconnect()
+        client.loop_stop()
+        agent.stop()
+    finally:
+        listener.stop()

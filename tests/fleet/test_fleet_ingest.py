@@ -59,7 +59,7 @@ def test_nothing_is_lost_while_the_server_is_away(broker, store):
     first = start_ingest(broker, store, "ingest-away")
     device = WireDevice(broker.port, "away-1")
     device.send("status", birth())
-    wait_until(lambda: store.stored >= 1)
+    wait_until(lambda: store.device("lab", "away-1", T0) is not None)
     first.stop()
     for seq in range(2, 52):
         device.send("w", windows(window(seq, T0 + seq * 1000)))

@@ -13,10 +13,12 @@ from edgekit.errors import ArtifactError
 from edgekit.fleet import tables
 from edgekit.fleet.admission import check_message
 from edgekit.fleet.gaps import SeqRanges
+from edgekit.fleet.migrations.upgrading import HEAD
 from edgekit.fleet.store import Store
 from edgekit.fleet.writing import Received, read_ranges
 from edgekit.schema.message import Event, InputSample, Label, ModelWindow, SampleTensor
 from tests.fleet.fleet_world import T0, birth, event, heartbeat, window, windows
+from tests.fleet.old_database import make_old_database
 
 
 def apply(store, *messages):
@@ -162,8 +164,7 @@ def test_device_page_says_how_each_model_does(store):
 
 
 def test_database_of_an_older_version_is_brought_up(tmp_path):
-    path = tmp_path / "fleet.db"
-    Store(str(path)).close()
+    path = make_old_database(tmp_path / "fleet.db")
     db = sqlite3.connect(path)
     with db:
         for name in ("lost", "steps", "merged"):
@@ -178,4 +179,4 @@ def test_database_of_an_older_version_is_brought_up(tmp_path):
     assert gaps(store) == (5, 3, 0, 0, 3)
     store.close()
     version = sqlite3.connect(path).execute("select value from meta where key = 'schema_version'").fetchone()
-    assert version == (str(tables.SCHEMA_VERSION),)
+    assert version == (str(int(HEAD)),)

@@ -24,8 +24,8 @@ def received(message, *, device="pi-1", site="lab", at=T0):
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = Store(str(tmp_path / "fleet.db"))
+def store(database_url):
+    store = Store(database_url)
     yield store
     store.close()
 
@@ -51,10 +51,10 @@ def test_message_that_comes_twice_is_stored_once(store):
     assert len(store.series("lab", "pi-1", ["requests"], since_ms=0)[0].points) == 2
 
 
-def test_duplicate_is_known_after_a_restart(store, tmp_path):
+def test_duplicate_is_known_after_a_restart(store, database_url):
     batch = [received(m) for m in (birth(), windows(window(3)), event(5))]
     store.apply(batch)
-    again = Store(str(tmp_path / "fleet.db"))
+    again = Store(database_url)
     again.apply(batch)
     assert (again.stored, again.duplicates) == (0, 3)
     assert again.device("lab", "pi-1", T0).gaps.received == 3
