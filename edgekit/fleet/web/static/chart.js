@@ -175,7 +175,7 @@ function legend(figure, data) {
     items.push(item);
   }
   const where = document.createElement("span");
-  where.className = "at";
+  where.className = "at hidden";
   box.replaceChildren(...items, where);
 }
 
@@ -185,11 +185,16 @@ function point(figure, i, isSpoken) {
   if (!state) return;
   const { data, unit, plot, svg, height } = state;
   const at = i ?? (figure.dataset.x === "time" ? data.x.length - 1 : -1);
-  for (const value of figure.querySelectorAll(".legend b")) value.textContent = at < 0 ? "" : show(data.columns[value.dataset.of].values[at], unit);
-  figure.querySelector(".legend .at").textContent = i == null ? "" : plot.label(i);
-  svg.querySelectorAll(".cursor, .dot").forEach((item) => item.remove());
+  const words = figure.querySelector(".legend");
+  for (const value of words.querySelectorAll("b")) value.textContent = at < 0 ? "" : show(data.columns[value.dataset.of].values[at], unit);
+  words.querySelector(".at").textContent = i == null ? "" : plot.label(i);
+  // it may grow and never shrinks: what is below would else move away from under a click
+  words.style.minHeight = `${words.offsetHeight}px`;
+  svg.querySelectorAll(".cursor, .dot, .when").forEach((item) => item.remove());
   if (i == null) return;
   const x = plot.xs[i];
+  const isLeft = x < svg.width.baseVal.value / 2;
+  svg.append(node("text", { x: x + (isLeft ? 5 : -5), y: pad.top + 4, "text-anchor": isLeft ? "start" : "end", class: "when" }, plot.label(i)));
   svg.append(node("line", { x1: x, x2: x, y1: pad.top, y2: height - pad.bottom, class: "cursor" }));
   let index = 0;
   for (const column of data.columns) {
@@ -197,7 +202,7 @@ function point(figure, i, isSpoken) {
     index += 1;
     if (column.values[i] != null) svg.append(node("circle", { cx: x, cy: plot.yAt(column.values[i]), r: 3.2, class: `dot s${index}` }));
   }
-  if (isSpoken) document.getElementById("said").textContent = figure.querySelector(".legend").textContent;
+  if (isSpoken) document.getElementById("said").textContent = words.textContent;
 }
 
 export function draw(figure, given) {
@@ -207,6 +212,8 @@ export function draw(figure, given) {
   if (!width) return;
   const key = JSON.stringify([width, figure.dataset.unit, data, figure.range]);
   if (drawn.get(figure)?.key === key) return;
+  const words = figure.querySelector(".legend");
+  if (words && drawn.get(figure)?.svg.width.baseVal.value !== width) words.style.minHeight = "";
   const height = plot.clientHeight || 190;
   const svg = node("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
   if (data.x.length) {
@@ -258,7 +265,7 @@ function attend(figure) {
 function standalone(figure) {
   const svg = figure.querySelector(".plot svg");
   const copy = svg.cloneNode(true);
-  const names = ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-size", "font-family", "opacity", "stroke-linejoin"];
+  const names = ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-size", "font-family", "opacity", "stroke-linejoin", "paint-order"];
   const from = [...svg.querySelectorAll("*")];
   [...copy.querySelectorAll("*")].forEach((item, i) => {
     const style = getComputedStyle(from[i]);
